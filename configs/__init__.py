@@ -1,0 +1,1 @@
+"""ml_collections configurations, one file per experiment."""

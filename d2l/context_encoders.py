@@ -1,0 +1,44 @@
+"""Context encoders: what the hypernetwork sees of a chunk, computed by the frozen model itself.
+
+Axes: n chunks, e entries (1, or l layers), s tokens, f feature width.
+
+Source: Doc-to-LoRA (arXiv 2602.15902), section 3.1. Nothing here is differentiated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hyperlora.models.decoder import Decoder, first_layers
+from hyperlora.models.families import DecoderConfig
+
+
+def early_exit(config: DecoderConfig, params: Any, tokens: jax.Array, *, num_layers: int
+               ) -> jax.Array:
+    """Final norm of the hidden states after the first `num_layers` layers, `[n, 1, s, f]`.
+
+    Args:
+      tokens: `[n, s]` int32, padded to the right.
+    """
+    decoder = Decoder(dataclasses.replace(config, num_layers=num_layers))
+    params = jax.lax.stop_gradient(first_layers(params, num_layers))
+    return decoder.apply({'params': params}, tokens).hidden[:, None]
+
+
+def per_layer_activations(config: DecoderConfig, params: Any, tokens: jax.Array) -> jax.Array:
+    """The input of every block, embeddings first, `[n, l, s, f]`; the last after the final norm.
+
+    The last block is never run.
+    """
+    num_layers = config.num_layers - 1
+    decoder = Decoder(dataclasses.replace(config, num_layers=num_layers))
+    params = jax.lax.stop_gradient(first_layers(params, num_layers))
+    out = decoder.apply({'params': params}, tokens, return_block_inputs=True)
+    return jnp.concatenate([out.block_inputs, out.hidden[None]]).swapaxes(0, 1)
+
+
+CONTEXT_ENCODERS = {'early_exit': early_exit, 'per_layer_activations': per_layer_activations}

@@ -1,0 +1,229 @@
+"""Evaluation of a trained hypernetwork: needle in a haystack by document length and depth.
+
+Source: Doc-to-LoRA (arXiv 2602.15902), section 4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from d2l import haystacks
+from d2l.internalize import Answerer, Internalizer, Question
+from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
+from hyperlora import trained
+from hyperlora.errors import UserError
+from hyperlora.evaluation import plots
+from hyperlora.generation import answer, bucket
+from hyperlora.models.base import BaseModel
+
+_DEPTH_BINS = 10
+_PROMPT_TOKENS = 16_384  # per batch of prompts that hold their documents: bounds the memory
+
+
+def in_context_prompt(base: BaseModel, document: Sequence[int], question: str,
+                      max_new_tokens: int) -> list[int]:
+    """The prompt with the document in it, as much of its beginning as fits into the window.
+
+    Args:
+      document: tokens of the document.
+      max_new_tokens: room to leave for the answer, in tokens.
+
+    Raises:
+      UserError: the question alone does not fit.
+    """
+    room = base.config.max_length - max_new_tokens
+    tail = '\n\n' + question
+    kept = min(len(document), room)
+    # Tokens may merge differently next to the question, so what fits is measured.
+    while kept >= 0:
+        prompt = base.tokenizer.prompt(base.tokenizer.decode(document[:kept]) + tail)
+        if len(prompt) <= room:
+            return prompt
+        kept -= len(prompt) - room
+    raise UserError(f'the question does not fit into the window of {base.config.max_length} tokens '
+                    f'of {base.name}; shorten it')
+
+
+def answer_in_context(base: BaseModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+                      ) -> list[str]:
+    """Greedy answers of the base model to long prompts, few at a time."""
+    rows = max(_PROMPT_TOKENS // bucket(max(map(len, prompts))), 1)
+    return [text for start in range(0, len(prompts), rows)
+            for text in answer(base, prompts[start:start + rows], max_new_tokens)]
+
+
+def needle_examples(config: ConfigDict, writer: Writer, haystack: haystacks.Haystack, length: int
+                    ) -> tuple[list[list[int]], list[str], np.ndarray]:
+    """The examples of a length; each depends on (seed, length, index) alone.
+
+    Returns:
+      Tokens of each document, the number hidden in it, and its depth (0 first, 1 last), evenly
+      spread.
+    """
+    depths = np.linspace(0, 1, config.examples)
+    documents, numbers = [], []
+    for i, depth in enumerate(depths):
+        rng = np.random.default_rng((config.seed, length, i))
+        numbers += random_numbers(rng, 1)
+        documents.append(writer.write(rng, haystack, length, NEEDLE.format(numbers[-1]),
+                                      float(depth)).tokens)
+    return documents, numbers, depths
+
+
+def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None:
+    """Measures the exact match of answers; writes metrics.json, niah_depth.png, niah_length.png.
+
+    Methods: `d2l` has the document internalised and not in the prompt, `in_context` in the prompt
+    of the base model (cut to its window), `no_document` nowhere.
+
+    metrics.json is written after every length; a rerun with the same settings skips the lengths
+    in it. Its seconds are per example and include compilation.
+
+    Args:
+      config: see configs/eval_niah.py.
+      checkpoint: see `trained.load`.
+      workdir: existing folder to write to.
+
+    Raises:
+      UserError: a setting makes no sense, the checkpoint cannot be loaded, or the workdir holds
+        an evaluation with other settings.
+    """
+    _check(config)
+    haystack = haystacks.get(config.haystack)
+    model = trained.load(checkpoint)
+    base = model.base
+    path = workdir / 'metrics.json'
+    metrics = _resume(path, {
+        'checkpoint': checkpoint, 'weights': _digest(model.params), 'base': base.name,
+        **{key: config[key] for key in ('haystack', 'seed', 'examples', 'baseline_examples',
+                                        'max_new_tokens')}})
+    todo = [n for n in sorted(set(config.lengths)) if str(n) not in metrics['exact_match']]
+    answerer = Answerer(Internalizer(model))
+    writer = Writer(base.tokenizer)
+    start, work_done = time.perf_counter(), 0
+
+    def work(length):  # for the ETA: reading takes most of the time, up to a window of tokens
+        return min(length, base.config.max_length)
+
+    for length in todo:
+        documents, numbers, depths = needle_examples(config, writer, haystack, length)
+        results = _answer_all(config, base, answerer, documents)
+        right = {method: [text.strip() == numbers[i] for i, text in texts.items()]
+                 for method, (texts, _) in results.items()}
+        key = str(length)
+        metrics['exact_match'][key] = {m: float(np.mean(r)) for m, r in right.items()}
+        metrics['counts'][key] = {m: len(r) for m, r in right.items()}
+        metrics['depth'][key] = _by_depth(depths, right['d2l'])
+        metrics['seconds'][key] = {m: spent for m, (_, spent) in results.items()}
+        _write(path, metrics)
+        work_done += work(length)
+        left = (time.perf_counter() - start) / work_done * sum(
+            work(n) for n in todo if n > length)
+        scores = '  '.join(f'{m} {value:.2f}' for m, value in metrics['exact_match'][key].items())
+        print(f'{length} tokens: {scores}  ETA {left / 60:.0f} min', flush=True)
+    _draw(workdir, metrics, base)
+
+
+def _check(config: ConfigDict) -> None:
+    if not config.lengths or not all(isinstance(n, int) and n > 0 for n in config.lengths):
+        raise UserError(f'lengths must be numbers of tokens like 256,1024, not {config.lengths}')
+    if config.examples < 1 or config.max_new_tokens < 1:
+        raise UserError('examples and max_new_tokens must be positive')
+    if not 0 <= config.baseline_examples <= config.examples:
+        raise UserError(f'baseline_examples must be from 0 to examples ({config.examples}), '
+                        f'not {config.baseline_examples}')
+
+
+def _answer_all(config: ConfigDict, base: BaseModel, answerer: Answerer,
+                documents: list[list[int]]) -> dict[str, tuple[dict[int, str], float]]:
+    """Method -> (answers by index of the example, seconds per example)."""
+    question = base.tokenizer.prompt(QUESTION)
+    new = config.max_new_tokens
+    everyone = range(len(documents))
+
+    def d2l():
+        texts = answerer([Question(document, question) for document in documents], new)
+        return dict(zip(everyone, texts, strict=True))
+
+    def no_document():  # the same prompt for all
+        return dict.fromkeys(everyone, answer(base, [question], new)[0])
+
+    def in_context():
+        # Spread over the examples, so over the depths.
+        chosen = np.linspace(0, len(documents) - 1, config.baseline_examples).round()
+        prompts = {int(i): in_context_prompt(base, documents[int(i)], QUESTION, new)
+                   for i in chosen}
+        texts = answer_in_context(base, list(prompts.values()), new)
+        return dict(zip(prompts, texts, strict=True))
+
+    results = {}
+    for method in (d2l, no_document, *([in_context] if config.baseline_examples else [])):
+        start = time.perf_counter()
+        texts = method()
+        results[method.__name__] = texts, (time.perf_counter() - start) / len(texts)
+    return results
+
+
+def _by_depth(depths: np.ndarray, right: list[bool]) -> dict[str, dict[str, float]]:
+    """Exact match by depth, the bins named by their bounds."""
+    bins = np.minimum((depths * _DEPTH_BINS).astype(int), _DEPTH_BINS - 1)
+    right = np.asarray(right)
+    return {f'{k / _DEPTH_BINS:.1f}-{(k + 1) / _DEPTH_BINS:.1f}':
+            {'exact_match': float(right[bins == k].mean()), 'n': int((bins == k).sum())}
+            for k in range(_DEPTH_BINS) if (bins == k).any()}
+
+
+def _digest(params: Any) -> str:
+    """Tells the weights of two steps of a training apart."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _resume(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The metrics so far, empty if there are none."""
+    fresh = {**settings, 'exact_match': {}, 'counts': {}, 'depth': {}, 'seconds': {}}
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+        changes = [f'{key}: {found[key]} -> {value}' for key, value in settings.items()
+                   if found[key] != value]
+    except FileNotFoundError:
+        return fresh
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{path} is not that of this evaluation ({e!r}); use another workdir'
+                        ) from e
+    if changes:
+        raise UserError(f'{path} is of an evaluation with other settings ({", ".join(changes)}); '
+                        'use another workdir')
+    return found
+
+
+def _write(path: pathlib.Path, metrics: dict[str, Any]) -> None:
+    partial = path.with_suffix('.partial')
+    partial.write_text(json.dumps(metrics, indent=2) + '\n', encoding='utf-8')
+    partial.replace(path)
+
+
+def _draw(workdir: pathlib.Path, metrics: dict[str, Any], base: BaseModel) -> None:
+    lengths = sorted(metrics['exact_match'], key=int)
+    bins = sorted({depth for length in lengths for depth in metrics['depth'][length]})
+    values = np.asarray([[metrics['depth'][length].get(depth, {}).get('exact_match', np.nan)
+                          for length in lengths] for depth in bins])
+    title = f'Needle in a haystack ({pathlib.Path(metrics["haystack"]).name})'
+    plots.heat_map(workdir / 'niah_depth.png', values, bins, lengths, 'depth of the needle',
+                   'document length (tokens)', f'{title}: exact match of d2l')
+    methods = {m: None for length in lengths for m in metrics['exact_match'][length]}
+    lines = {m: {int(n): metrics['exact_match'][n][m] for n in lengths
+                 if m in metrics['exact_match'][n]} for m in methods}
+    plots.curves(workdir / 'niah_length.png', lines, 'document length (tokens)', 'exact match',
+                 title, {f'window of {base.name}': base.config.max_length})

@@ -1,0 +1,201 @@
+"""The Doc-to-LoRA hypernetwork: activations of a document -> a `Lora`.
+
+Axes: n chunks, e entries of features (1 for `early_exit`, l for `per_layer_activations`), s
+tokens, f feature width, l layers, m modules, r rank, d latent width, i and o a module's widths.
+
+Source: Doc-to-LoRA (arXiv 2602.15902), section 3 and Listings 1-2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from d2l.perceiver import Perceiver, PerceiverConfig, torch_linear_init
+from hyperlora.lora import Lora, LoraPair
+
+
+@dataclasses.dataclass(frozen=True)
+class DocToLoraConfig:
+    """Shape of the hypernetwork.
+
+    Attributes:
+      num_layers: l, layers of the base model.
+      dims: (module, i, o) of every adapted module, sorted by name.
+      rank: r, ranks per chunk.
+      scaling: multiplies every delta; the paper uses 2 r^1.5.
+      layer_to_layer: layer j of the LoRA is made from entry j of the features by one shared
+        Perceiver (the main experiment); otherwise all layers are made from one entry.
+      feature_width: f.
+      latent_size, num_latents, num_blocks, num_self_attention, shared_blocks, num_heads,
+        num_kv_heads, head_dim: of the Perceiver.
+      num_pre_head_layers: residual MLPs before the heads.
+      per_layer_processing: whether those have weights of their own for every layer.
+      use_bias: whether a learned LoRA, shared by all contexts, is added.
+      gate: whether each chunk's LoRA is multiplied by a learned gate in [0, 1]. Not in the paper:
+        the LoRAs of thousands of chunks without content would add up; the gate shuts them off,
+        exactly (the stretched sigmoid of Louizos et al., arXiv 1712.01312, without its noise).
+      scaler_b: initial value of the scalers of B. At the paper's 0 a small batch dithers around
+        zero for hundreds of steps, because the heads learn in proportion to it.
+    """
+
+    num_layers: int
+    dims: tuple[tuple[str, int, int], ...]
+    rank: int
+    scaling: float
+    layer_to_layer: bool
+    feature_width: int
+    latent_size: int
+    num_latents: int
+    num_blocks: int
+    num_self_attention: int = 0
+    shared_blocks: bool = False
+    num_heads: int = 16
+    num_kv_heads: int = 4
+    head_dim: int = 128
+    num_pre_head_layers: int = 1
+    per_layer_processing: bool = True
+    use_bias: bool = True
+    gate: bool = False
+    scaler_b: float = 0.0
+
+    @property
+    def perceiver(self) -> PerceiverConfig:
+        """Shape of the Perceiver: one output per (layer, module, rank), or per (module, rank)."""
+        outputs = len(self.dims) * self.rank * (1 if self.layer_to_layer else self.num_layers)
+        return PerceiverConfig(
+            self.latent_size, self.num_latents, outputs, self.num_blocks, self.num_self_attention,
+            self.shared_blocks, self.num_heads, self.num_kv_heads, self.head_dim,
+            projection_width=4 * self.feature_width)
+
+
+class PerLayerDense(nn.Module):
+    """A linear map with weights of its own for each layer: `[n, l, ..., i]` -> `[n, l, ..., o]`."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        layers, width = x.shape[1], x.shape[-1]
+        init = nn.with_logical_partitioning(
+            torch_linear_init(batch_axis=(0,)), ('layers', 'latent', 'mlp'))
+        kernel = self.param('kernel', init, (layers, width, self.features))
+        bias = self.param('bias', nn.with_logical_partitioning(
+            nn.initializers.zeros, ('layers', 'mlp')), (layers, self.features))
+        return jnp.einsum('nlmri,lio->nlmro', x, kernel) + bias[:, None, None]
+
+
+class ResidualMlp(nn.Module):
+    """`x + LN(W2 silu(W1 LN(x)))`, inner width 4 d."""
+
+    per_layer: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def linear(features, name):
+            if self.per_layer:
+                return PerLayerDense(features, name=name)
+            return nn.Dense(features, kernel_init=torch_linear_init(), name=name)
+        width = x.shape[-1]
+        y = nn.LayerNorm(epsilon=1e-5, name='norm_in')(x)
+        y = linear(width, 'down')(nn.silu(linear(4 * width, 'up')(y)))
+        return x + nn.LayerNorm(epsilon=1e-5, name='norm_out')(y)
+
+
+class DocToLora(nn.Module):
+    """Features of chunks -> one LoRA per chunk, and the learned LoRA shared by all contexts."""
+
+    config: DocToLoraConfig
+
+    @nn.compact
+    def __call__(self, features: jax.Array, mask: jax.Array, iterative: bool = False
+                 ) -> tuple[Lora, Lora | None]:
+        """Generates LoRAs in one forward pass.
+
+        Args:
+          features: `[n, e, s, f]`, from a context encoder.
+          mask: `[n, s]` bool, True for tokens.
+          iterative: run the Perceiver on one layer (`layer_to_layer`) or one chunk at a time:
+            same result, less memory.
+
+        Returns:
+          A Lora of n rows and rank r, and a Lora of one row (or None without `use_bias`).
+        """
+        c = self.config
+        chunks, modules = features.shape[0], len(c.dims)
+        latents, x = self._perceive(features, mask, iterative)
+        x = x.reshape(chunks, c.num_layers, modules, c.rank, c.latent_size)
+        for i in range(c.num_pre_head_layers):
+            x = ResidualMlp(c.per_layer_processing, name=f'pre_head_{i}')(x)
+        x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+        widest = max(i + o for _, i, o in c.dims)
+        head = self.param('head', nn.with_logical_partitioning(
+            nn.initializers.normal(0.5 / (c.latent_size + widest * c.rank) ** 0.5),
+            ('layers', None, 'latent', 'lora')), (c.num_layers, modules, c.latent_size, widest))
+        flat = jnp.einsum('nlmrd,lmdo->lmnro', x, head)
+        if c.gate:
+            # Pooled over the latents: whether this chunk says anything at all. Starts open.
+            gate = nn.Dense(1, kernel_init=nn.initializers.zeros,
+                            bias_init=nn.initializers.constant(2.0), name='gate')(
+                latents.mean(-2)).transpose(1, 0, 2)[..., None]  # [e, n, 1, 1]
+            # Stretched beyond [0, 1] and cut off, so that a shut gate is exactly 0.
+            gate = jnp.clip(1.2 * nn.sigmoid(gate) - 0.1, 0, 1)
+
+        chunk_pairs, shared_pairs = {}, {}
+        for m, (name, i, o) in enumerate(c.dims):
+            def per_rank(key, init, name=name):
+                return self.param(f'{key}_{name}', nn.with_logical_partitioning(
+                    init, ('layers', None)), (c.num_layers, c.rank))[:, None, :, None]
+            a = flat[:, m, ..., :i] * per_rank('scaler_a', nn.initializers.ones)
+            start = nn.initializers.constant(c.scaler_b)
+            b = flat[:, m, ..., i:i + o] * per_rank('scaler_b', start)
+            chunk_pairs[name] = LoraPair(a, b * gate if c.gate else b)
+            if c.use_bias:
+                def shared(key, init, width, name=name):
+                    return self.param(f'{key}_{name}', nn.with_logical_partitioning(
+                        init, ('layers', None, 'lora')), (c.num_layers, c.rank, width))[:, None]
+                deviation = 0.2 / (i * c.rank) ** 0.5
+                shared_pairs[name] = LoraPair(
+                    shared('bias_a', nn.initializers.normal(deviation), i),
+                    shared('bias_b', nn.initializers.zeros, o))
+        scaling = jnp.float32(c.scaling)
+        return Lora(chunk_pairs, scaling), Lora(shared_pairs, scaling) if c.use_bias else None
+
+    def _perceive(self, features: jax.Array, mask: jax.Array, iterative: bool
+                  ) -> tuple[jax.Array, jax.Array]:
+        """Latents `[n, e, z, d]` and outputs `[n, e, outputs, d]`."""
+        perceiver = Perceiver(self.config.perceiver, name='perceiver')
+        chunks, entries, tokens, width = features.shape
+        if iterative and not self.is_initializing():
+            over_layers = self.config.layer_to_layer
+            if over_layers:
+                xs = features.swapaxes(0, 1), jnp.broadcast_to(mask, (entries, *mask.shape))
+            else:
+                xs = features, mask[:, None]
+            _, (latents, out) = nn.scan(
+                lambda module, carry, xs: (carry, module(*xs)),
+                variable_broadcast='params', split_rngs={'params': False},
+            )(perceiver, (), xs)
+            if over_layers:
+                latents, out = latents.swapaxes(0, 1), out.swapaxes(0, 1)
+            return latents, out
+        latents, out = perceiver(features.reshape(chunks * entries, tokens, width),
+                                 jnp.repeat(mask, entries, 0))
+        return (latents.reshape(chunks, entries, *latents.shape[1:]),
+                out.reshape(chunks, entries, *out.shape[1:]))
+
+
+def module_dims(base_config, modules) -> tuple[tuple[str, int, int], ...]:
+    """(module, i, o) of the named modules of a decoder, sorted by name."""
+    c = base_config
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    table: Mapping[str, tuple[int, int]] = {
+        'q_proj': (c.width, heads), 'k_proj': (c.width, kv), 'v_proj': (c.width, kv),
+        'o_proj': (heads, c.width), 'gate_proj': (c.width, c.mlp_width),
+        'up_proj': (c.width, c.mlp_width), 'down_proj': (c.mlp_width, c.width)}
+    return tuple((name, *table[name]) for name in sorted(modules))

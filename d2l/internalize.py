@@ -1,0 +1,157 @@
+"""A document of any length -> one LoRA.
+
+Axes: n chunks, s tokens of a chunk, b queries, r rank, l layers, i and o widths.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2l import chunking
+from hyperlora import lora as lora_lib
+from hyperlora.errors import UserError
+from hyperlora.generation import answer
+from hyperlora.lora import Lora
+from hyperlora.trained import Trained
+
+_TOKENS_PER_PASS = 4096  # bounds the memory of the context encoder
+_MAX_RANK = 2048  # past this rank a growing LoRA is folded into its delta, which is smaller
+
+
+def _generate(trained: Trained):
+    """Jitted generation for a chunk batch; one per model, so that shapes compile once."""
+    def run(params, frozen, context, iterative):
+        return trained.hypernetwork.generate(params, frozen, context, iterative=iterative)
+    return jax.jit(run, static_argnames='iterative')
+
+
+class Internalizer:
+    """Turns chunks into LoRAs, each distinct chunk once.
+
+    Attributes:
+      trained: the hypernetwork and its base model.
+    """
+
+    def __init__(self, trained: Trained, iterative: bool = False):
+        """`iterative` runs the Perceiver layer by layer or chunk by chunk: less memory, slower."""
+        self.trained = trained
+        self._run = functools.partial(_generate(trained), trained.params, trained.base.params,
+                                      iterative=iterative)
+        self.shared: Lora | None = None
+
+    def split(self, document: Sequence[int]) -> list[tuple[int, ...]]:
+        """Chunks of a document's tokens.
+
+        Raises:
+          UserError: the document is empty.
+        """
+        if not len(document):
+            raise UserError('the document is empty; there is nothing to internalise')
+        return [tuple(chunk) for chunk in chunking.split(
+            document, self.trained.base.tokenizer, self.trained.config.chunk_length)]
+
+    def chunk_loras(self, chunks: Iterable[tuple[int, ...]]) -> Lora:
+        """LoRAs of distinct chunks, one row each, in order.
+
+        Chunks are padded to a few lengths and run in batches of a few sizes.
+        """
+        chunks = list(chunks)
+        longest = self.trained.config.chunk_length
+        by_length = collections.defaultdict(list)
+        for index, chunk in enumerate(chunks):
+            length = 32
+            while length < len(chunk):
+                length *= 2
+            by_length[min(length, max(longest, 32))].append(index)
+        order, parts = [], []
+        for length, indices in sorted(by_length.items()):
+            most = max(_TOKENS_PER_PASS // length, 1)
+            while indices:
+                # The largest power of two that can be filled: no shape but powers of two.
+                size = min(most, 1 << (len(indices).bit_length() - 1))
+                now, indices = indices[:size], indices[size:]
+                tokens, mask = chunking.pad([chunks[i] for i in now], length)
+                loras, self.shared = self._run({'tokens': tokens, 'mask': mask})
+                order += now
+                parts.append(loras)
+        place = np.argsort(order)
+        pairs = jax.tree.map(lambda *x: jnp.concatenate(x, 1)[:, place], *(p.pairs for p in parts))
+        return Lora(pairs, parts[0].scaling)
+
+    def __call__(self, document: Sequence[int]) -> Lora:
+        """The LoRA of a document, one row: all its chunks along the rank, and the shared LoRA.
+
+        A chunk that occurs k times is encoded once and counted k times. The memory of long
+        documents is bounded: a rank beyond what a delta can have is folded away, exactly.
+
+        Raises:
+          UserError: the document is empty.
+        """
+        counts = collections.Counter(self.split(document))
+        chunks = list(counts)
+        step = max(_MAX_RANK // self.trained.config.hypernetwork.shape.rank, 1)
+        whole: Lora | None = None
+        for start in range(0, len(chunks), step):
+            some = chunks[start:start + step]
+            weights = jnp.asarray([[counts[c] for c in some]], jnp.float32)
+            part, rank_weights = lora_lib.compose(self.chunk_loras(some), None, 1, weights)
+            part = lora_lib.fold(part, rank_weights)
+            whole = part if whole is None else lora_lib.compact(lora_lib.concatenate(whole, part))
+        if self.shared is not None:
+            whole = lora_lib.concatenate(whole, self.shared)
+        return lora_lib.compact(whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question about a document, both as tokens."""
+
+    document: list[int]
+    prompt: list[int]
+
+
+class Answerer:
+    """Answers many questions, each about a document of its own that is not in the prompt.
+
+    Questions are answered in packed batches: the distinct chunks of a batch lie along one rank and
+    each row weights its own by how often they occur.
+    """
+
+    def __init__(self, internalizer: Internalizer, max_rows: int = 16, max_chunks: int = 256):
+        self.internalizer, self.max_rows, self.max_chunks = internalizer, max_rows, max_chunks
+
+    def __call__(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
+        """Answers in order."""
+        answers: list[str] = []
+        batch: list[tuple[Question, collections.Counter]] = []
+        union: set[tuple[int, ...]] = set()
+        for question in questions:
+            counts = collections.Counter(self.internalizer.split(question.document))
+            joint = union | counts.keys()
+            if batch and (len(batch) == self.max_rows or len(joint) > self.max_chunks):
+                answers += self._answer(batch, max_new_tokens)
+                batch, joint = [], set(counts)
+            batch.append((question, counts))
+            union = joint
+        return answers + (self._answer(batch, max_new_tokens) if batch else [])
+
+    def _answer(self, batch, max_new_tokens: int) -> list[str]:
+        distinct = list(dict.fromkeys(chunk for _, counts in batch for chunk in counts))
+        weights = np.asarray([[counts[c] for c in distinct] for _, counts in batch], np.float32)
+        loras = self.internalizer.chunk_loras(distinct)
+        lora, rank_weights = lora_lib.compose(loras, self.internalizer.shared, 1,
+                                              jnp.asarray(weights))
+        # A rank rounded up keeps the compiled shapes few.
+        missing = -lora.rank % 128
+        lora = lora.replace(pairs=jax.tree.map(
+            lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), lora.pairs))
+        rank_weights = jnp.pad(rank_weights, ((0, 0), (0, missing)))
+        return answer(self.internalizer.trained.base, [q.prompt for q, _ in batch],
+                      max_new_tokens, lora, rank_weights)

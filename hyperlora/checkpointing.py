@@ -1,0 +1,275 @@
+"""Checkpoints of a training run, and the export of trained weights."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+import flax.traverse_util
+import grain
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors.numpy
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from hyperlora.errors import UserError
+
+# Settings that may differ when a run resumes: they do not change what it computes.
+HARMLESS_SETTINGS = ('log_every', 'checkpoint_every', 'keep_checkpoints')
+
+_PARAMS = 'params.safetensors'
+_CONFIG = 'config.json'
+
+
+class Checkpointer:
+    """Asynchronous checkpoints of the train state, the data iterator and a JSON record.
+
+    Call `save` after each step: it saves at each multiple of `every` and, in a run of several
+    processes (`jax.distributed.initialize`), at the step they agree on once one of them is told to
+    stop. A save that a crash cut short is ignored and cleared away.
+
+    Args:
+      directory: absolute path or gs:// URL of the checkpoints (gs:// needs the `gcs` extra).
+      every: steps between two checkpoints.
+      keep: how many of the latest checkpoints to keep.
+    """
+
+    def __init__(self, directory, every: int, keep: int):
+        self._directory = epath.Path(directory)
+        policies = [checkpoint_managers.FixedIntervalPolicy(every)]
+        if jax.process_count() > 1:
+            policies.append(checkpoint_managers.PreemptionCheckpointingPolicy())
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                save_decision_policy=checkpoint_managers.AnySavePolicy(policies),
+                preservation_policy=checkpoint_managers.LatestN(keep),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(self, step: int, state, data_iterator, meta: dict, force: bool = False) -> bool:
+        """Starts saving if `step` is due, or `force`; a step already saved is left alone.
+
+        Args:
+          step: number of steps done.
+          state: pytree of arrays.
+          data_iterator: grain iterator, positioned after the batch of this step.
+          meta: JSON record, see `check_meta`.
+          force: save although the step is not due (at the end of a run).
+
+        Returns:
+          Whether a save was started. It may be used at once: arrays are copied before this returns.
+        """
+        if step in self._manager.all_steps():
+            return False
+        return self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=grain.checkpoint.CheckpointSave(data_iterator),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            force=force,
+        )
+
+    def latest_step(self) -> int | None:
+        """The latest complete checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the processes agreed to stop at `step`; then `wait` and end the run."""
+        return self._manager.reached_preemption(step)
+
+    def meta(self, step: int) -> dict:
+        """The JSON record saved with `step`; UserError if the checkpoint is damaged or foreign."""
+        with _explained(self._directory, step):
+            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            return self._manager.restore(step, args=args)['meta']
+
+    def restore(self, step: int, abstract_state, data_iterator):
+        """Restores the state of `step` and moves `data_iterator` to where it was.
+
+        Args:
+          step: a saved step. Call `check_meta(self.meta(step), ...)` first.
+          abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings, which may differ from
+            the saved ones: arrays are resharded.
+          data_iterator: grain iterator of the same pipeline, changed in place.
+
+        Returns:
+          The state, a pytree like `abstract_state`.
+
+        Raises:
+          UserError: the checkpoint is damaged, foreign, or its tree or shapes differ.
+        """
+        with _explained(self._directory, step):
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state),
+                data=grain.checkpoint.CheckpointRestore(data_iterator),
+            )
+            return self._manager.restore(step, args=args)['state']
+
+    def wait(self):
+        """Blocks until the save in progress is complete."""
+        self._manager.wait_until_finished()
+
+    def close(self):
+        """Completes the save in progress and releases the threads."""
+        self._manager.close()
+
+
+def load_params(directory) -> tuple[dict, dict]:
+    """The trained parameters and the record of the latest checkpoint, read-only.
+
+    A training that is writing there at the same time is not disturbed.
+
+    Args:
+      directory: local path of the checkpoints of a training.
+
+    Returns:
+      params: nested dict of numpy arrays, without optimiser state.
+      meta: the JSON record, see `check_meta`, and the 'step'.
+
+    Raises:
+      UserError: there is no complete checkpoint yet, or it is damaged or foreign.
+    """
+    directory = epath.Path(directory)
+    found = directory.iterdir() if directory.is_dir() else ()
+    steps = [int(path.name) for path in found if path.name.isdigit()]
+    if not steps:
+        raise UserError(f'{directory} holds no complete checkpoint yet; train longer')
+    folder = directory / str(max(steps))
+    with _explained(directory, max(steps)):
+        handler = ocp.PyTreeCheckpointHandler()
+        tree = handler.metadata(folder / 'state').tree
+        wanted = {'params': jax.tree.map(lambda _: 0, tree['params'])}
+        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        restored = handler.restore(
+            folder / 'state',
+            args=ocp.args.PyTreeRestore(item=wanted, restore_args=numpy, partial_restore=True),
+        )
+        meta = json.loads((folder / 'meta' / 'metadata').read_text())
+    return restored['params'], {**meta, 'step': max(steps)}
+
+
+@contextlib.contextmanager
+def _explained(directory, step):
+    try:
+        yield
+    # Damage surfaces as whatever Orbax, tensorstore, JSON or grain stumbles on.
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f'cannot restore step {step} of {directory}: if it is damaged, delete '
+            f'{directory / str(step)} to fall back to the checkpoint before; if it was '
+            'written by another model or number of processes, resume with those or use another '
+            f'workdir (reason: {reason})'
+        ) from error
+
+
+def check_meta(saved: dict, current: dict):
+    """Checks that a checkpoint belongs to this run.
+
+    Args:
+      saved: record from `Checkpointer.meta`.
+      current: record of this run, with 'base_fingerprint' (str) and 'config' (nested dict).
+        Settings named in HARMLESS_SETTINGS may differ.
+
+    Raises:
+      UserError: another base model, or changed settings.
+    """
+    missing = {'base_fingerprint', 'config'} - set(saved)
+    if missing:
+        raise UserError(
+            f'the checkpoint has no {" and ".join(sorted(missing))}: it was not written by this '
+            'program; use another workdir'
+        )
+    if saved['base_fingerprint'] != current['base_fingerprint']:
+        raise UserError(
+            f'the checkpoint was trained on base model {saved["base_fingerprint"]}, this run uses '
+            f'{current["base_fingerprint"]}: use another workdir or the old base model'
+        )
+    old, new = _settings(saved['config']), _settings(current['config'])
+    changes = [
+        f'{key}: {old.get(key, "absent")} -> {new.get(key, "absent")}'
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, 'absent') != new.get(key, 'absent')
+    ]
+    if changes:
+        shown = ', '.join(changes[:5]) + (f' and {len(changes) - 5} more' if changes[5:] else '')
+        raise UserError(
+            f'settings differ from those of the checkpoint ({shown}): '
+            'use another workdir or the old settings'
+        )
+
+
+def export(directory, params, config: dict):
+    """Writes trained weights for shipping: bfloat16 safetensors and a JSON config.
+
+    Both appear at once, by renaming a directory; an earlier export there is replaced.
+
+    Args:
+      directory: local path to write to.
+      params: nested dict of arrays that this process can read in full.
+      config: what is needed to rebuild the model, JSON-serialisable.
+
+    Raises:
+      UserError: `directory` holds something else, or cannot be written.
+    """
+    directory = pathlib.Path(directory)
+    flat = flax.traverse_util.flatten_dict(params, sep='/')
+    # order='C', as safetensors writes the raw buffer and would ignore strides.
+    tensors = {
+        name: np.asarray(jax.device_get(value)).astype(ml_dtypes.bfloat16, order='C')
+        for name, value in flat.items()
+    }
+    try:
+        if directory.exists() and {p.name for p in directory.iterdir()} - {_PARAMS, _CONFIG}:
+            raise UserError(f'{directory}: holds other files than an export, choose another place')
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f'.{directory.name}.') as tmp:
+            new = pathlib.Path(tmp, 'new')
+            new.mkdir()
+            # Not save_file, whose files only their owner can read.
+            (new / _PARAMS).write_bytes(safetensors.numpy.save(tensors))
+            (new / _CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+            if directory.exists():
+                shutil.move(directory, pathlib.Path(tmp, 'old'))
+            os.rename(new, directory)
+    except OSError as error:
+        raise UserError(f'{directory}: cannot write the export ({error.strerror})') from error
+
+
+def load_export(directory) -> tuple[dict, dict]:
+    """Reads what `export` wrote.
+
+    Returns:
+      params: nested dict of float32 numpy arrays.
+      config: the dict given to `export`.
+
+    Raises:
+      UserError: a file is missing or damaged; the message names it.
+    """
+    path = pathlib.Path(directory) / _CONFIG
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+        path = path.with_name(_PARAMS)
+        tensors = safetensors.numpy.load_file(path)
+    except OSError as error:
+        raise UserError(f'{path}: cannot read ({error.strerror or error})') from error
+    # JSON errors are ValueErrors.
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f'{path}: damaged ({error})') from error
+    flat = {name: value.astype(np.float32) for name, value in tensors.items()}
+    return flax.traverse_util.unflatten_dict(flat, sep='/'), config
+
+
+def _settings(config):
+    """The settings that matter, flat, as JSON gives them back (tuples become lists)."""
+    flat = flax.traverse_util.flatten_dict(json.loads(json.dumps(config)), sep='.')
+    return {k: v for k, v in flat.items() if k.split('.')[-1] not in HARMLESS_SETTINGS}

@@ -1,0 +1,37 @@
+"""Input pipelines: grain datasets of training steps, deterministic from (seed, step)."""
+
+from __future__ import annotations
+
+import importlib
+
+import grain
+from ml_collections import ConfigDict
+
+from hyperlora.errors import UserError
+from hyperlora.models.tokenizers import Tokenizer
+
+_BUILDERS = {
+    'niah': 'd2l.niah:build',
+}
+
+
+def build(config: ConfigDict, tokenizer: Tokenizer, seed: int, groups: int, accumulate: int
+          ) -> grain.MapDataset:
+    """The data set `config.name`; item i is the batch of step i.
+
+    Args:
+      groups: packed rows per microbatch, one per data shard of the mesh.
+      accumulate: microbatches per step.
+
+    Returns:
+      Dataset of batches {'context', 'query'} (see `meta_learning.Learner.loss`), every leaf
+      `[accumulate, ...]`.
+
+    Raises:
+      UserError: no data set of that name.
+    """
+    if config.name not in _BUILDERS:
+        raise UserError(f'unknown data {config.name!r}; known: {", ".join(_BUILDERS)}')
+    module, function = _BUILDERS[config.name].split(':')
+    return getattr(importlib.import_module(module), function)(
+        config, tokenizer, seed, groups, accumulate)

@@ -1,0 +1,102 @@
+"""Greedy generation with a KV cache and a LoRA per row.
+
+Axes: b rows, s prompt tokens, g LoRA rows, r rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperlora.errors import UserError
+from hyperlora.lora import Lora
+from hyperlora.models.base import BaseModel
+from hyperlora.models.decoder import Decoder, init_cache
+
+
+@functools.partial(jax.jit, static_argnames=('decoder', 'max_new_tokens'))
+def greedy(decoder: Decoder, params: Any, prompts: jax.Array, lengths: jax.Array, eos_id: int,
+           max_new_tokens: int, lora: Lora | None = None, rank_weights: jax.Array | None = None
+           ) -> jax.Array:
+    """The most likely continuation of each prompt, token by token.
+
+    Args:
+      prompts: `[b, s]` int32, padded to the right.
+      lengths: `[b]` int32, tokens of each prompt.
+      eos_id: ends a row.
+      lora: LoRA whose rows divide b, or None.
+      rank_weights: `[b, r]` or None; see `lora.project`.
+
+    Returns:
+      `[b, max_new_tokens]` int32, `eos_id` from the end of each answer on.
+    """
+    batch, prompt_length = prompts.shape
+    apply = functools.partial(decoder.apply, {'params': params}, lora=lora,
+                              rank_weights=rank_weights)
+
+    def choose(hidden):
+        logits = decoder.apply({'params': params}, hidden, method='unembed')
+        return logits.argmax(-1).astype(jnp.int32)
+
+    dtype = params['embedder']['embedding'].dtype
+    cache = init_cache(decoder.config, batch, prompt_length + max_new_tokens, dtype)
+    positions = jnp.broadcast_to(jnp.arange(prompt_length), prompts.shape)
+    out = apply(prompts, positions=positions, cache=cache)
+    token = choose(jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, 1)[:, 0])
+    answers = jnp.full((batch, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
+
+    def running(carry):
+        i, token, *_ = carry
+        return (i < max_new_tokens) & (token != eos_id).any()
+
+    def advance(carry):
+        i, token, answers, cache = carry
+        out = apply(token[:, None], positions=(lengths + i - 1)[:, None], cache=cache)
+        token = jnp.where(token == eos_id, eos_id, choose(out.hidden[:, 0]))
+        return i + 1, token, answers.at[:, i].set(token), out.cache
+
+    return jax.lax.while_loop(running, advance, (1, token, answers, out.cache))[2]
+
+
+def bucket(length: int, step: int = 32) -> int:
+    """Rounds a length up to a power of two times `step`, past 512 to a multiple of 512, so that
+    few shapes are compiled."""
+    if length > 512:
+        return -(-length // 512) * 512
+    size = step
+    while size < length:
+        size *= 2
+    return size
+
+
+def answer(base: BaseModel, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+           lora: Lora | None = None, rank_weights: np.ndarray | None = None) -> list[str]:
+    """Greedy answers as text.
+
+    Args:
+      prompts: token ids of each row, as from `Tokenizer.prompt`.
+      lora, rank_weights: see `greedy`.
+
+    Raises:
+      UserError: a prompt and its answer do not fit into the base model's window.
+    """
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > base.config.max_length:
+        raise UserError(
+            f'a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the '
+            f'window of {base.config.max_length} tokens of {base.name}; shorten the prompt, or '
+            'internalise the document instead (launch.adapt)')
+    tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[:len(prompt)] = prompt
+    eos_id = base.tokenizer.eos_id
+    out = greedy(Decoder(base.config), base.params, tokens,
+                 np.asarray([len(p) for p in prompts], np.int32), eos_id, max_new_tokens, lora,
+                 None if rank_weights is None else jnp.asarray(rank_weights))
+    return [base.tokenizer.decode(row[:np.argmax(row == eos_id)] if eos_id in row else row)
+            for row in np.asarray(out)]

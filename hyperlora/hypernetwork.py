@@ -1,0 +1,66 @@
+"""What every hypernetwork fulfils, and the registry that configs name it by.
+
+A hypernetwork is a builder: given the base model and its part of the config, it returns a
+`Hypernetwork` of two pure functions. To add one: a file with such a builder, a line in `_BUILDERS`,
+a config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from ml_collections import ConfigDict
+
+from hyperlora.errors import UserError
+from hyperlora.lora import Lora
+from hyperlora.models.families import DecoderConfig
+
+_BUILDERS = {
+    'doc_to_lora': 'd2l.build:build',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypernetwork:
+    """Context in, Lora out.
+
+    Attributes:
+      module: linen module whose `__call__(features, mask)` returns (a Lora of one row per context
+        chunk, a Lora of one row shared by all or None). Its parameters are all that trains.
+      encode: (frozen base parameters, context batch) -> (features, mask). Not differentiated. The
+        context batch is the `context` entry of a batch, e.g. `tokens [n, s]`, `mask [n, s]`.
+      example: a context batch of the smallest size, for initialisation.
+    """
+
+    module: nn.Module
+    encode: Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
+    example: dict[str, jax.Array]
+
+    def generate(self, params: Any, frozen: Any, context: dict[str, jax.Array],
+                 **kwargs) -> tuple[Lora, Lora | None]:
+        """LoRAs of a context batch; differentiable in `params`."""
+        features, mask = self.encode(frozen, context)
+        return self.module.apply({'params': params}, jax.lax.stop_gradient(features), mask,
+                                 **kwargs)
+
+    def init(self, key: jax.Array, frozen: Any) -> Any:
+        """Fresh parameters, boxed with their logical axis names."""
+        features, mask = self.encode(frozen, self.example)
+        return self.module.init(key, features, mask)['params']
+
+
+def build(config: ConfigDict, base: DecoderConfig) -> Hypernetwork:
+    """Builds `config.name` for a base model.
+
+    Raises:
+      UserError: no hypernetwork of that name.
+    """
+    if config.name not in _BUILDERS:
+        raise UserError(f'unknown hypernetwork {config.name!r}; known: {", ".join(_BUILDERS)}')
+    module, function = _BUILDERS[config.name].split(':')
+    return getattr(importlib.import_module(module), function)(config, base)

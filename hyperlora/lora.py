@@ -1,0 +1,330 @@
+"""`Lora`: the one type that crosses from a hypernetwork to a frozen language model.
+
+Axes: l layers, g rows (one LoRA each), r rank, i input width, o output width, b batch rows,
+s tokens, n chunks.
+
+    delta(x) = scaling * ((x @ a^T) * rank_weights) @ b
+
+Rank is the currency of composition. Chunks of a document are concatenated along the rank, and a
+row that must see only some of them masks the ranks of the others, so A and B are never repeated
+per batch row or per token. A rank weight other than 0 or 1 counts a chunk several times or scales
+a document.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from hyperlora.errors import UserError
+
+# Where each adapted projection lives among the decoder's stacked layer parameters.
+MODULES = {
+    'q_proj': ('attention', 'q_proj'),
+    'k_proj': ('attention', 'k_proj'),
+    'v_proj': ('attention', 'v_proj'),
+    'o_proj': ('attention', 'o_proj'),
+    'gate_proj': ('mlp', 'gate_proj'),
+    'up_proj': ('mlp', 'up_proj'),
+    'down_proj': ('mlp', 'down_proj'),
+}
+
+
+@struct.dataclass
+class LoraPair:
+    """Factors of one module: `a [l, g, r, i]` and `b [l, g, r, o]`."""
+
+    a: jax.Array
+    b: jax.Array
+
+
+@struct.dataclass
+class Lora:
+    """A low-rank update of some modules of a decoder.
+
+    Attributes:
+      pairs: module name (a key of `MODULES`) -> `LoraPair`.
+      scaling: scalar that multiplies every delta, used as it is (not divided by the rank).
+    """
+
+    pairs: dict[str, LoraPair]
+    scaling: jax.Array | float
+
+    @property
+    def rows(self) -> int:
+        return next(iter(self.pairs.values())).a.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.pairs.values())).a.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.pairs))
+
+
+def init(key: jax.Array, dims: Mapping[str, tuple[int, int]], layers: int, rank: int,
+         scaling: float = 1.0, rows: int = 1) -> Lora:
+    """A fresh LoRA: A normal with deviation 1/sqrt(i), B zero, so it starts as the base model.
+
+    Args:
+      key: PRNG key.
+      dims: module -> (i, o).
+    """
+    keys = jax.random.split(key, len(dims))
+    pairs = {
+        name: LoraPair(jax.random.normal(k, (layers, rows, rank, i)) / i**0.5,
+                       jnp.zeros((layers, rows, rank, o)))
+        for k, (name, (i, o)) in zip(keys, sorted(dims.items()), strict=True)
+    }
+    return Lora(pairs, jnp.float32(scaling))
+
+
+def project(x: jax.Array, kernel: jax.Array, pair: LoraPair | None, scaling: jax.Array,
+            rank_weights: jax.Array | None = None) -> jax.Array:
+    """`x @ kernel` plus the LoRA of each row.
+
+    Args:
+      x: `[b, s, i]`.
+      kernel: `[i, o]`.
+      pair: one layer's factors, `a [g, r, i]`, `b [g, r, o]`; g divides b and b/g consecutive
+        batch rows share one LoRA row. None leaves the base projection.
+      scaling: scalar.
+      rank_weights: `[b, r]`, or `[b, s, r]` for packed rows, or None for all ones.
+
+    Returns:
+      `[b, s, o]` in the dtype of x.
+    """
+    y = x @ kernel
+    if pair is None:
+        return y
+    batch, tokens, _ = x.shape
+    rows, rank, _ = pair.a.shape
+    grouped = x.reshape(rows, batch // rows * tokens, -1)
+    hidden = jnp.einsum('gti,gri->gtr', grouped, pair.a.astype(x.dtype))
+    if rank_weights is not None:
+        weights = rank_weights if rank_weights.ndim == 3 else rank_weights[:, None]
+        hidden = hidden.reshape(batch, tokens, rank) * weights.astype(x.dtype)
+        hidden = hidden.reshape(rows, -1, rank)
+    delta = jnp.einsum('gtr,gro->gto', hidden, pair.b.astype(x.dtype))
+    return y + scaling.astype(x.dtype) * delta.reshape(y.shape)
+
+
+def concatenate(*loras: Lora) -> Lora:
+    """Sums LoRAs by concatenating their ranks; a LoRA of one row is shared by all rows.
+
+    All must have the same modules; each scaling is folded into B relative to the first one's.
+    """
+    rows = max(lora.rows for lora in loras)
+    first = loras[0]
+
+    def stack(name: str) -> LoraPair:
+        def widen(x):
+            return jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:]))
+        a = [widen(lora.pairs[name].a) for lora in loras]
+        b = [widen(lora.pairs[name].b * (lora.scaling / first.scaling if lora is not first else 1))
+             for lora in loras]
+        return LoraPair(jnp.concatenate(a, 2), jnp.concatenate(b, 2))
+
+    return Lora({name: stack(name) for name in first.pairs}, first.scaling)
+
+
+def pack(lora: Lora, groups: int) -> Lora:
+    """Rows into ranks: `[l, g * n, r, d]` -> `[l, g, n * r, d]`, n rows to each of g groups."""
+    def merge_axes(x):
+        layers, rows, rank, width = x.shape
+        return x.reshape(layers, groups, rows // groups * rank, width)
+    return lora.replace(pairs=jax.tree.map(merge_axes, lora.pairs))
+
+
+def compose(chunks: Lora, shared: Lora | None, groups: int, chunk_weights: jax.Array
+            ) -> tuple[Lora, jax.Array]:
+    """The LoRA of every group of contexts and the rank weights of every batch row.
+
+    Args:
+      chunks: one row per chunk, `g * n` rows, the chunks of a group adjacent.
+      shared: LoRA of one row added once to every context (the learned bias), or None.
+      groups: g.
+      chunk_weights: `[b, n]`, how often each of its group's chunks counts in each batch row:
+        0 for a chunk of another context.
+
+    Returns:
+      A Lora of g rows and rank `n * r (+ r)`, and rank weights `[b, n * r (+ r)]`.
+    """
+    lora = pack(chunks, groups)
+    weights = jnp.repeat(chunk_weights, chunks.rank, axis=1)
+    if shared is not None:
+        lora = concatenate(lora, shared)
+        weights = jnp.pad(weights, ((0, 0), (0, shared.rank)), constant_values=1)
+    return lora, weights
+
+
+def scale(lora: Lora, factor: float | jax.Array) -> Lora:
+    """Multiplies the delta by a factor."""
+    return lora.replace(scaling=lora.scaling * factor)
+
+
+def fold(lora: Lora, rank_weights: jax.Array) -> Lora:
+    """Multiplies rank weights `[g, r]` into B, so that the LoRA can be used without them."""
+    return lora.replace(pairs={
+        name: pair.replace(b=pair.b * rank_weights[None, :, :, None].astype(pair.b.dtype))
+        for name, pair in lora.pairs.items()})
+
+
+def compact(lora: Lora) -> Lora:
+    """The same deltas at the lowest rank that needs no SVD: min(i, o) of the widest module.
+
+    Beyond that rank A^T B itself is smaller than its factors, so one factor becomes the delta and
+    the other the identity. A LoRA of lower rank is returned as it is.
+    """
+    limit = max(min(p.a.shape[-1], p.b.shape[-1]) for p in lora.pairs.values())
+    if lora.rank <= limit:
+        return lora
+
+    @jax.jit
+    def dense(pair: LoraPair) -> LoraPair:
+        layers, rows, _, i = pair.a.shape
+        o = pair.b.shape[-1]
+        delta = jnp.einsum('lgri,lgro->lgio', pair.a, pair.b,
+                           preferred_element_type=jnp.float32).astype(pair.a.dtype)
+        rank = min(i, o)
+        eye = jnp.broadcast_to(jnp.eye(rank, dtype=delta.dtype), (layers, rows, rank, rank))
+        a, b = (eye, delta) if i <= o else (delta.swapaxes(-1, -2), eye)
+        return LoraPair(*(jnp.pad(x, ((0, 0), (0, 0), (0, limit - rank), (0, 0)))
+                          for x in (a, b)))
+    return lora.replace(pairs={name: dense(pair) for name, pair in lora.pairs.items()})
+
+
+def truncate(lora: Lora, rank: int) -> Lora:
+    """The best approximation of at most the given rank, by SVD of each layer's delta.
+
+    Exact once `rank` reaches min(i, o) of every module: a long document's LoRA, whose rank grows
+    with its chunks, never needs more.
+
+    Raises:
+      ValueError: if rank is not positive.
+    """
+    if rank < 1:
+        raise ValueError(f'rank must be positive, not {rank}')
+
+    def shorten(pair: LoraPair) -> LoraPair:
+        q_a, r_a = jnp.linalg.qr(pair.a.astype(jnp.float32).swapaxes(-1, -2))
+        q_b, r_b = jnp.linalg.qr(pair.b.astype(jnp.float32).swapaxes(-1, -2))
+        u, s, vt = jnp.linalg.svd(r_a @ r_b.swapaxes(-1, -2), full_matrices=False)
+        u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
+        root = jnp.sqrt(s)[..., None]
+        a = root * (q_a @ u).swapaxes(-1, -2)
+        b = root * (q_b @ vt.swapaxes(-1, -2)).swapaxes(-1, -2)
+        return LoraPair(a.astype(pair.a.dtype), b.astype(pair.b.dtype))
+
+    kept = {name: jax.jit(shorten)(pair) for name, pair in lora.pairs.items()}
+    widest = max(pair.a.shape[2] for pair in kept.values())
+    def pad(x):
+        return jnp.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[2]), (0, 0)))
+    return lora.replace(pairs=jax.tree.map(pad, kept))
+
+
+def merge(params: Any, lora: Lora) -> Any:
+    """Decoder parameters with the LoRA added to their kernels.
+
+    Args:
+      params: decoder parameters, kernels `[l, i, o]`.
+      lora: a LoRA of one row.
+
+    Raises:
+      ValueError: if the LoRA has more than one row.
+    """
+    if lora.rows != 1:
+        raise ValueError(f'only a LoRA of one row can be merged, not of {lora.rows}')
+    layers = dict(params['layers'])
+    for name, pair in lora.pairs.items():
+        group, module = MODULES[name]
+        kernel = layers[group][module]['kernel']
+        delta = jnp.einsum('lri,lro->lio', pair.a[:, 0], pair.b[:, 0],
+                           preferred_element_type=jnp.float32)
+        merged = (kernel.astype(jnp.float32) + lora.scaling * delta).astype(kernel.dtype)
+        layers[group] = {**layers[group], module: {'kernel': merged}}
+    return {**params, 'layers': layers}
+
+
+# --- On disk: the PEFT layout, so that other software reads it without conversion ---------------
+
+
+def _peft_key(module: str, layer: int, factor: str) -> str:
+    block = {'attention': 'self_attn', 'mlp': 'mlp'}[MODULES[module][0]]
+    return f'base_model.model.model.layers.{layer}.{block}.{module}.lora_{factor}.weight'
+
+
+def save(lora: Lora, directory: str | pathlib.Path, base_name: str, fingerprint: str) -> None:
+    """Writes a LoRA of one row as a PEFT adapter (adapter_config.json, adapter_model.safetensors).
+
+    PEFT scales by lora_alpha / r, so lora_alpha = scaling * r. The base model's fingerprint goes
+    into the metadata of the safetensors file. Nothing is left behind if writing fails.
+    """
+    from safetensors.numpy import save as serialise
+    if lora.rows != 1:
+        raise ValueError(f'only a LoRA of one row can be saved, not of {lora.rows}')
+    directory = pathlib.Path(directory)
+    tensors = {}
+    for name, pair in lora.pairs.items():
+        a, b = np.asarray(pair.a[:, 0]), np.asarray(pair.b[:, 0])
+        for layer in range(a.shape[0]):
+            tensors[_peft_key(name, layer, 'A')] = np.ascontiguousarray(a[layer])
+            tensors[_peft_key(name, layer, 'B')] = np.ascontiguousarray(b[layer].T)
+    config = {
+        'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base_name,
+        'r': lora.rank, 'lora_alpha': float(lora.scaling) * lora.rank, 'use_rslora': False,
+        'target_modules': sorted(lora.pairs), 'bias': 'none', 'lora_dropout': 0.0,
+        'fan_in_fan_out': False, 'inference_mode': True,
+    }
+    files = {'adapter_model.safetensors': serialise(tensors, {'base_fingerprint': fingerprint}),
+             'adapter_config.json': json.dumps(config, indent=2).encode()}
+    for name, content in files.items():
+        partial = directory / (name + '.partial')
+        partial.write_bytes(content)
+        partial.rename(directory / name)
+
+
+def load(directory: str | pathlib.Path, fingerprint: str | None = None) -> Lora:
+    """Reads what `save` wrote.
+
+    Args:
+      directory: the adapter's folder.
+      fingerprint: of the base model it is meant for, or None for any.
+
+    Raises:
+      UserError: a file is missing or damaged, or the adapter is for another base model.
+    """
+    from safetensors import SafetensorError, safe_open
+    directory = pathlib.Path(directory)
+    path = directory / 'adapter_model.safetensors'
+    try:
+        config = json.loads((directory / 'adapter_config.json').read_text())
+        with safe_open(str(path), framework='numpy') as file:
+            saved = (file.metadata() or {}).get('base_fingerprint')
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        layers = len(tensors) // (2 * len(config['target_modules']))
+        pairs = {
+            name: LoraPair(
+                jnp.stack([tensors[_peft_key(name, k, 'A')] for k in range(layers)])[:, None],
+                jnp.stack([tensors[_peft_key(name, k, 'B')].T for k in range(layers)])[:, None])
+            for name in config['target_modules']}
+        scaling = config['lora_alpha'] / config['r']
+    except FileNotFoundError as e:
+        name = pathlib.Path(e.filename or path).name  # safetensors does not tell the file's name
+        raise UserError(f'{directory} is not an adapter: {name} is missing; make one with '
+                        'launch.adapt') from e
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, ZeroDivisionError) as e:
+        raise UserError(f'the adapter in {directory} is damaged ({e}); make it again with '
+                        'launch.adapt') from e
+    if fingerprint is not None and saved != fingerprint:
+        raise UserError(f'the adapter in {directory} was made for base model {saved}, '
+                        f'not {fingerprint}; load it with the base model it was made for')
+    return Lora(pairs, jnp.float32(scaling))

@@ -1,0 +1,108 @@
+"""Training metrics: a JSONL file, TensorBoard scalars, and a progress line."""
+
+import json
+import math
+import os
+import pathlib
+import time
+
+import tensorboardX
+
+
+class MetricWriter:
+    """Writes scalars to `workdir/metrics.jsonl` and to TensorBoard events in `workdir`.
+
+    In a multi-process run, create it on process 0 only.
+
+    Args:
+      workdir: an existing local directory.
+      resume_step: the step the run resumes from. What an earlier, killed run wrote for later steps
+        is dropped, so that each step appears once.
+    """
+
+    def __init__(self, workdir, resume_step: int = 0):
+        path = pathlib.Path(workdir) / 'metrics.jsonl'
+        if path.exists():
+            _drop_later_steps(path, resume_step)
+        self._file = path.open('a', encoding='utf-8')
+        self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=resume_step + 1)
+
+    def write(self, step: int, scalars: dict):
+        """Appends one line `{"step": step, ...}`; JSON has no NaN or infinity, these become null.
+
+        Args:
+          step: the training step.
+          scalars: name to number (or scalar array).
+        """
+        scalars = {name: float(value) for name, value in scalars.items()}
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        line = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({'step': step, **line}) + '\n')
+        self._file.flush()
+
+    def close(self):
+        """Flushes and closes both files."""
+        self._file.close()
+        self._board.close()
+
+
+class Progress:
+    """Rate and remaining time of a run, counted from the end of its first step.
+
+    The first step compiles, so including it would understate the rate for a long time.
+
+    Args:
+      total_steps: the step at which the run ends.
+      start_step: the step it starts from (0, or the step of the checkpoint).
+    """
+
+    def __init__(self, total_steps: int, start_step: int = 0):
+        self._total = total_steps
+        self._step = start_step
+        self._first = self._start = None
+        self._examples = 0
+
+    def update(self, step: int, examples: int):
+        """Notes that `step` (the number of steps done) ended, having used `examples` examples."""
+        self._step = step
+        if self._start is None:
+            self._first, self._start = step, time.monotonic()
+        else:
+            self._examples += examples
+
+    def rates(self) -> dict[str, float]:
+        """`steps_per_second` and `examples_per_second`; empty before the second step has ended."""
+        if self._start is None or self._step == self._first:
+            return {}
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        return {
+            'steps_per_second': (self._step - self._first) / seconds,
+            'examples_per_second': self._examples / seconds,
+        }
+
+    def line(self, loss: float) -> str:
+        """One line of text: step, loss and, once known, rate and remaining time."""
+        text = f'step {self._step}/{self._total}  loss {float(loss):.4f}'
+        rates = self.rates()
+        if rates:
+            left = round((self._total - self._step) / rates['steps_per_second'])
+            text += (
+                f'  {rates["steps_per_second"]:.2f} steps/s'
+                f'  {rates["examples_per_second"]:.1f} examples/s'
+                f'  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}'
+            )
+        return text
+
+
+def _drop_later_steps(path, last_step):
+    kept = []
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True):
+        try:
+            if json.loads(line)['step'] <= last_step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # A line cut short when the run was killed.
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(''.join(kept), encoding='utf-8')
+    os.replace(temporary, path)

@@ -1,0 +1,85 @@
+"""Trained hypernetworks: found by name, export or training folder, with their base model."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from hyperlora import checkpointing, hypernetwork
+from hyperlora.errors import UserError
+from hyperlora.hypernetwork import Hypernetwork
+from hyperlora.models.base import BaseModel, load_base
+
+PRETRAINED = pathlib.Path(__file__).parent / 'pretrained'
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A hypernetwork ready for use.
+
+    Attributes:
+      config: the experiment's config.
+      base: the model that its LoRAs are for.
+      hypernetwork: context -> Lora.
+      params: the trained parameters, f32.
+    """
+
+    config: ConfigDict
+    base: BaseModel
+    hypernetwork: Hypernetwork
+    params: Any
+
+
+def load(checkpoint: str, base: BaseModel | None = None) -> Trained:
+    """Loads a checkpoint.
+
+    Args:
+      checkpoint: name of shipped weights (a folder of hyperlora/pretrained), a folder that
+        `launch.export` wrote, or the workdir of a training.
+      base: the base model, if it is loaded already.
+
+    Raises:
+      UserError: unknown name, damaged or foreign files, or another base model than the one that
+        the checkpoint was trained with.
+    """
+    names = sorted(p.name for p in PRETRAINED.glob('*') if p.is_dir())
+    folder = PRETRAINED / checkpoint if checkpoint in names else pathlib.Path(checkpoint)
+    if (folder / 'checkpoints').is_dir():
+        params, meta = checkpointing.load_params((folder / 'checkpoints').resolve())
+    elif (folder / 'config.json').is_file():
+        params, meta = checkpointing.load_export(folder)
+    else:
+        raise UserError(f'unknown checkpoint {checkpoint!r}: neither shipped weights '
+                        f'({", ".join(names) or "none"}) nor a folder that holds a checkpoint')
+    try:
+        config, fingerprint = ConfigDict(meta['config']), meta['base_fingerprint']
+        base = base or load_base(config.base, jnp.dtype(config.base_dtype))
+        if fingerprint != base.fingerprint:
+            raise UserError(f'{folder} was trained for base model {fingerprint} '
+                            f'({config.base}), not for {base.fingerprint} ({base.name})')
+        built = hypernetwork.build(config.hypernetwork, base.config)
+    except (KeyError, AttributeError, TypeError) as e:
+        raise UserError(f'{folder}/config.json is not that of a hypernetwork ({e})') from e
+    expected = nn.unbox(jax.eval_shape(built.init, jax.random.key(0), base.params))
+    wrong = _differences(expected, params)
+    if wrong:
+        raise UserError(f'{folder}: the tensors do not fit the config: {", ".join(wrong)}')
+    return Trained(config, base, built, jax.tree.map(jnp.asarray, params))
+
+
+def _differences(expected: Any, found: Any) -> list[str]:
+    """Names of missing, extra and misshapen leaves."""
+    def flat(tree):
+        return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    a, b = flat(expected), flat(found)
+    return ([f'{name} is missing' for name in sorted(a.keys() - b.keys())]
+            + [f'{name} is unknown' for name in sorted(b.keys() - a.keys())]
+            + [f'{name} is {b[name]}, not {a[name]}' for name in sorted(a.keys() & b.keys())
+               if a[name] != b[name]])

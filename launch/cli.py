@@ -1,0 +1,126 @@
+"""What every command shares: one-line errors, exit codes, compilation cache, file checks."""
+
+import pathlib
+import re
+import sys
+import tempfile
+
+from absl import app, flags, logging
+
+from hyperlora.errors import UserError
+
+
+def run(main):
+    """Runs `main(argv)` as a command: parses the flags, then exits the process.
+
+    Exit codes: 0 on success; 2 after a user's mistake (a UserError, a bad flag, a bad config file
+    or override), shown as one line `error: ...` on stderr; 130 after Ctrl-C. Any other exception is
+    a bug and keeps its traceback. Positional arguments are refused.
+
+    Args:
+      main: callable taking argv (the program name alone, once flags are parsed).
+    """
+
+    def configured_main(argv):
+        if not flags.FLAGS['verbosity'].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
+        _enable_compilation_cache()
+        main(argv)
+
+    try:
+        app.run(configured_main, flags_parser=_parse_flags)
+    except UserError as error:
+        print('error:', ' '.join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def writable_directory(path) -> pathlib.Path:
+    """Creates the local directory `path` (with its parents) and returns it.
+
+    Raises:
+      UserError: `path` is a URL, a file, or cannot be created or written to.
+    """
+    if '://' in str(path):
+        raise UserError(f'{path}: not a local directory (mount the bucket, say with gcsfuse)')
+    directory = pathlib.Path(path).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Creating a file is the only test that also sees read-only mounts and quotas.
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f'{path}: not a writable directory ({error.strerror})') from error
+    return directory
+
+
+def read_text(path) -> str:
+    """Reads the UTF-8 document `path`.
+
+    Raises:
+      UserError: the file is missing, unreadable, a directory, not UTF-8, or blank.
+    """
+    try:
+        text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
+    except OSError as error:
+        raise UserError(f'{path}: cannot read the document ({error.strerror})') from error
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: not UTF-8 text (bad byte at offset {error.start})') from error
+    if not text.strip():
+        raise UserError(f'{path}: the document is empty')
+    return text
+
+
+def _parse_flags(argv):
+    """Parses the flags like absl, but turns every mistake in them into a UserError."""
+    try:
+        rest = flags.FLAGS(argv)
+        for name in flags.FLAGS:
+            if flags.FLAGS[name].flag_type() == 'config object':
+                # ml_collections keeps the failure to open a config until its first use.
+                getattr(flags.FLAGS[name].value, 'keys', None)
+    except flags.Error as error:
+        # When get_config raises, the message is a traceback whose last line is the mistake.
+        first, *others = str(error).strip().splitlines()
+        if others:
+            first = first.removesuffix('Error whilst parsing config file:') + others[-1].strip()
+        raise UserError(first) from error
+    except OSError as error:
+        reason = str(error.__cause__ or error).splitlines()[-1].strip()
+        raise UserError(f'cannot read the config file: {reason}') from error
+    except SyntaxError as error:
+        raise UserError(f'the config file is not valid Python: {error}') from error
+    except (AttributeError, KeyError) as error:
+        override = _unknown_override(error, argv)
+        if override is None:
+            raise
+        raise UserError(f'{override}: no such setting in the config') from error
+    if len(rest) > 1:
+        raise UserError(f'unexpected argument {rest[1]!r} (settings are given as --name=value)')
+    return rest
+
+
+def _unknown_override(error, argv):
+    """The `--config.key` of `argv` that `error` complains about, None if it is about another."""
+    # The message ends in the missing attribute ('nope') or in its whole path (lookup: model.nope).
+    key = re.findall(r'[\w.]+', str(error.args[0]))[-1]
+    for argument in argv[1:]:
+        name = argument.split('=')[0]
+        if argument.startswith('-') and f'.{key}.' in f'{name}.':
+            return name
+    return None
+
+
+def _enable_compilation_cache():
+    import jax  # Here, so that a mistake in the flags of a light command is shown at once.
+
+    # JAX reads JAX_COMPILATION_CACHE_DIR itself.
+    if jax.config.jax_compilation_cache_dir is None:
+        directory = pathlib.Path('~/.cache/hyperlora/jax').expanduser()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return  # The cache only saves time: a read-only home must not stop a run.
+        jax.config.update('jax_compilation_cache_dir', str(directory))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

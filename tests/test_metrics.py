@@ -1,0 +1,67 @@
+"""metrics.jsonl across kills and resumes, TensorBoard events, progress."""
+
+import json
+import time
+
+from hyperlora import metrics
+
+
+def _lines(workdir):
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_lines_are_readable_at_once_and_append(tmp_path):
+    writer = metrics.MetricWriter(tmp_path)
+    writer.write(1, {'loss': 2.5})
+    assert _lines(tmp_path) == [{'step': 1, 'loss': 2.5}]
+    writer.close()
+    writer = metrics.MetricWriter(tmp_path, resume_step=1)
+    writer.write(2, {'loss': 2.0})
+    writer.close()
+    assert _lines(tmp_path) == [{'step': 1, 'loss': 2.5}, {'step': 2, 'loss': 2.0}]
+    assert list(tmp_path.glob('events.out.tfevents.*'))
+
+
+def test_resume_drops_later_steps_and_a_line_cut_short(tmp_path):
+    writer = metrics.MetricWriter(tmp_path)
+    for step in range(1, 6):
+        writer.write(step, {'loss': step})
+    writer.close()
+    with (tmp_path / 'metrics.jsonl').open('a') as file:
+        file.write('{"step": 3, "lo')
+    writer = metrics.MetricWriter(tmp_path, resume_step=3)
+    writer.write(4, {'loss': 40})
+    writer.close()
+    assert [(line['step'], line['loss']) for line in _lines(tmp_path)] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 40),
+    ]
+    metrics.MetricWriter(tmp_path).close()
+    assert _lines(tmp_path) == []
+
+
+def test_not_a_number_stays_valid_json(tmp_path):
+    writer = metrics.MetricWriter(tmp_path)
+    writer.write(1, {'loss': float('nan'), 'norm': float('inf')})
+    writer.close()
+    assert _lines(tmp_path) == [{'step': 1, 'loss': None, 'norm': None}]
+
+
+def test_progress_leaves_out_the_first_step(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, 'monotonic', lambda: now)
+    progress = metrics.Progress(total_steps=110, start_step=10)
+    now = 1000.0  # The compilation.
+    progress.update(11, examples=8)
+    assert progress.rates() == {}
+    assert progress.line(1.5) == 'step 11/110  loss 1.5000'
+    now = 1002.0
+    for step in (12, 13, 14, 15):
+        progress.update(step, examples=8)
+    assert progress.rates() == {'steps_per_second': 2.0, 'examples_per_second': 16.0}
+    assert (
+        progress.line(1.25)
+        == 'step 15/110  loss 1.2500  2.00 steps/s  16.0 examples/s  ETA 0:00:48'
+    )
