@@ -57,33 +57,34 @@ class Internalizer:
         return [tuple(chunk) for chunk in chunking.split(
             document, self.trained.base.tokenizer, self.trained.config.chunk_length)]
 
-    def chunk_loras(self, chunks: Iterable[tuple[int, ...]]) -> Lora:
-        """LoRAs of distinct chunks, one row each, in order.
+    def chunk_loras(self, chunks: Iterable[tuple[int, ...]]
+                    ) -> tuple[list[tuple[int, ...]], Lora]:
+        """Distinct chunks -> those that say anything, and their LoRAs, one row each.
 
-        Chunks are padded to a few lengths and run in batches of a few sizes.
+        A chunk whose gate is shut has a LoRA of zeros and is left out. Chunks are padded to a few
+        lengths and run in batches of a few sizes.
         """
-        chunks = list(chunks)
         longest = self.trained.config.chunk_length
         by_length = collections.defaultdict(list)
-        for index, chunk in enumerate(chunks):
+        for chunk in chunks:
             length = 32
             while length < len(chunk):
                 length *= 2
-            by_length[min(length, max(longest, 32))].append(index)
-        order, parts = [], []
-        for length, indices in sorted(by_length.items()):
+            by_length[min(length, max(longest, 32))].append(chunk)
+        kept, parts = [], []
+        for length, waiting in sorted(by_length.items()):
             most = max(_TOKENS_PER_PASS // length, 1)
-            while indices:
+            while waiting:
                 # The largest power of two that can be filled: no shape but powers of two.
-                size = min(most, 1 << (len(indices).bit_length() - 1))
-                now, indices = indices[:size], indices[size:]
-                tokens, mask = chunking.pad([chunks[i] for i in now], length)
+                size = min(most, 1 << (len(waiting).bit_length() - 1))
+                now, waiting = waiting[:size], waiting[size:]
+                tokens, mask = chunking.pad(now, length)
                 loras, self.shared = self._run({'tokens': tokens, 'mask': mask})
-                order += now
-                parts.append(loras)
-        place = np.argsort(order)
-        pairs = jax.tree.map(lambda *x: jnp.concatenate(x, 1)[:, place], *(p.pairs for p in parts))
-        return Lora(pairs, parts[0].scaling)
+                speaks = np.flatnonzero(~lora_lib.silent_rows(loras))
+                kept += [now[i] for i in speaks]
+                parts.append(jax.tree.map(lambda x, rows=speaks: x[:, rows], loras.pairs))
+        pairs = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)
+        return kept, Lora(pairs, loras.scaling)
 
     def __call__(self, document: Sequence[int]) -> Lora:
         """The LoRA of a document, one row: all its chunks along the rank, and the shared LoRA.
@@ -99,10 +100,9 @@ class Internalizer:
         step = max(_MAX_RANK // self.trained.config.hypernetwork.shape.rank, 1)
         whole: Lora | None = None
         for start in range(0, len(chunks), step):
-            some = chunks[start:start + step]
-            weights = jnp.asarray([[counts[c] for c in some]], jnp.float32)
-            part, rank_weights = lora_lib.compose(self.chunk_loras(some), None, 1, weights)
-            part = lora_lib.fold(part, rank_weights)
+            kept, loras = self.chunk_loras(chunks[start:start + step])
+            weights = jnp.asarray([[counts[c] for c in kept]], jnp.float32)
+            part = lora_lib.fold(*lora_lib.compose(loras, None, 1, weights))
             whole = part if whole is None else lora_lib.compact(lora_lib.concatenate(whole, part))
         if self.shared is not None:
             whole = lora_lib.concatenate(whole, self.shared)
@@ -143,9 +143,9 @@ class Answerer:
         return answers + (self._answer(batch, max_new_tokens) if batch else [])
 
     def _answer(self, batch, max_new_tokens: int) -> list[str]:
-        distinct = list(dict.fromkeys(chunk for _, counts in batch for chunk in counts))
-        weights = np.asarray([[counts[c] for c in distinct] for _, counts in batch], np.float32)
-        loras = self.internalizer.chunk_loras(distinct)
+        distinct = dict.fromkeys(chunk for _, counts in batch for chunk in counts)
+        kept, loras = self.internalizer.chunk_loras(distinct)
+        weights = np.asarray([[counts[c] for c in kept] for _, counts in batch], np.float32)
         lora, rank_weights = lora_lib.compose(loras, self.internalizer.shared, 1,
                                               jnp.asarray(weights))
         # A rank rounded up keeps the compiled shapes few.

@@ -178,6 +178,12 @@ def fold(lora: Lora, rank_weights: jax.Array) -> Lora:
         for name, pair in lora.pairs.items()})
 
 
+def silent_rows(lora: Lora) -> np.ndarray:
+    """`[g]` bool: rows whose B is zero everywhere, which leave the base model as it is."""
+    return ~np.any([np.asarray(jnp.any(pair.b != 0, axis=(0, 2, 3)))
+                    for pair in lora.pairs.values()], axis=0)
+
+
 def compact(lora: Lora) -> Lora:
     """The same deltas at the lowest rank that needs no SVD: min(i, o) of the widest module.
 

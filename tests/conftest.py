@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 
 from configs import d2l_niah
-from hyperlora.models import weights
+from hyperlora.models import families, weights
 from hyperlora.models.base import BaseModel, load_base
 from hyperlora.models.decoder import Decoder
 from hyperlora.models.families import DecoderConfig
 
-TESTS = pathlib.Path(__file__).parent
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
 TINY = DecoderConfig(vocab_size=128, num_layers=3, width=32, mlp_width=48, num_heads=4,
                      num_kv_heads=2, head_dim=8, rope_theta=10000.0, norm_eps=1e-5,
                      max_length=256, tie_embeddings=True)
@@ -73,45 +73,20 @@ def tiny_training():
     return config
 
 
-def golden_file(name):
-    """Where the reference file or folder `name` is, or None."""
-    if 'HYPERLORA_GOLDEN' in os.environ:
-        folders = [pathlib.Path(os.environ['HYPERLORA_GOLDEN'])]
-    else:
-        folders = [TESTS / 'golden', TESTS.parents[1] / 'shared' / 'golden']
-    return next((folder / name for folder in folders if (folder / name).exists()), None)
+def read_golden(name):
+    """Case of the reference -> (its description, its arrays)."""
+    arrays = {}
+    for part in sorted(GOLDEN.glob(f'{name}.*npz')):
+        with np.load(part) as file:
+            arrays |= file
+    return json.loads((GOLDEN / f'{name}.json').read_text()), arrays
 
 
 @pytest.fixture(scope='session')
-def golden():
-    """A function: name of a reference file or folder -> its path; skips the test without it.
-
-    It is looked for in $HYPERLORA_GOLDEN if that is set, else in tests/golden and then in
-    shared/golden next to the checkout.
-    """
-    def find(name):
-        path = golden_file(name)
-        if path is None:
-            pytest.skip(f'reference file {name} is absent; HYPERLORA_GOLDEN names its folder')
-        return path
-    return find
-
-
-@pytest.fixture(scope='session')
-def read_golden(golden):
-    """A function: name of a reference case -> (its description, its arrays)."""
-    def read(name):
-        with np.load(golden(f'{name}.npz')) as arrays:
-            return json.loads(golden(f'{name}.json').read_text()), dict(arrays)
-    return read
-
-
-@pytest.fixture(scope='session')
-def golden_llama(golden):
+def golden_llama():
     """Config and parameters of the base model of the Llama cases."""
-    from hyperlora.models import families
-    config = families.from_hf(json.loads((golden('d2l_base_llama') / 'config.json').read_text()))
-    with np.load(golden('d2l_base_llama_state.npz')) as state:
+    config = families.from_hf(json.loads((GOLDEN / 'd2l_base_llama/config.json').read_text()))
+    with np.load(GOLDEN / 'd2l_base_llama_state.npz') as state:
         return config, weights.from_hf_state(dict(state), config, np.float32)
 
 

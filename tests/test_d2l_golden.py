@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import read_golden
 
 from d2l.context_encoders import early_exit, per_layer_activations
 from d2l.hypernetwork import DocToLora, DocToLoraConfig, module_dims
@@ -41,7 +42,7 @@ def chunk_weights(meta_arrays):
 
 @pytest.mark.parametrize('iterative', [False, True])
 @pytest.mark.parametrize('case', CASES)
-def test_generated_and_combined_loras(read_golden, case, iterative):
+def test_generated_and_combined_loras(case, iterative):
     meta, arrays = read_golden(case)
     module, params = hypernetwork(meta, arrays)
     features = arrays['ctx_features']
@@ -64,7 +65,7 @@ def test_generated_and_combined_loras(read_golden, case, iterative):
                 assert not wanted[:, used:].any()
 
 
-def test_end_to_end_on_llama(read_golden, golden_llama):
+def test_end_to_end_on_llama(golden_llama):
     meta, arrays = read_golden('d2l_b_early_exit_llama_2mod')
     config, base = golden_llama
     module, params = hypernetwork(meta, arrays)

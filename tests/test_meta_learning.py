@@ -127,8 +127,9 @@ def test_only_the_hypernetwork_trains(tiny):
 
 
 def test_a_fresh_hypernetwork_leaves_the_base_as_it_is(tiny):
-    """B = 0 at first: the loss is that of the base model without an adapter."""
+    """Scalers of B at 0, as published: the loss is that of the base model without an adapter."""
     config = tiny_training()
+    config.hypernetwork.shape.scaler_b = 0.0
     learner = meta_learning.make_learner(config, tiny, 1)
     params = nn.unbox(jax.jit(learner.hypernetwork.init)(jax.random.key(0), tiny.params))
     batch = jax.tree.map(lambda x: x[0], batch_of(config, tiny, 1, 1))

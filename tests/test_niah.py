@@ -19,7 +19,7 @@ from hyperlora.objectives import OBJECTIVES
 
 NEEDLE = re.compile(r'The special magic number is (\d+)\.')
 MIXED = {'grass': 1.0, 'varied': 1.0}
-STAGE = {'steps': 3, 'contexts': 3, 'digits': (4, 4), 'tokens': (40, 300), 'chunk_length': 300,
+STAGE = {'steps': 3, 'contexts': 3, 'own_weight': 1.0, 'tokens': (40, 300), 'chunk_length': 300,
          'chunks': (0.0, 0.0, 1.0), 'pool': 2, 'max_repeats': 8, 'question': 'Number?',
          'haystacks': MIXED}
 
@@ -65,7 +65,8 @@ def test_each_context_holds_its_needle_once():
             answer = CharTokenizer().decode(query['labels'][i])
             assert answer == number and len(number) == 4
             np.testing.assert_array_equal(query['chunk_weights'][i, :9],
-                                          np.repeat(np.eye(3)[i], 3))
+                                          np.repeat(np.eye(3)[i], 3)
+                                          * item['context']['mask'][:9].any(1))
         assert not any('magic' in chunk for chunk in chunks[9:])
 
 
@@ -77,24 +78,44 @@ def test_the_pool_is_counted_up_to_max_repeats():
 
 
 def test_labels_follow_their_positions():
-    query = groups({'digits': (1, 4)})[0]['query']
+    query = groups({})[0]['query']
     tokens, labels, positions = (query[k] for k in ('tokens', 'labels', 'label_positions'))
     prompt = CharTokenizer().prompt('Number?')
-    lengths = set()
     for i in range(3):
         assert tokens[i, :len(prompt)].tolist() == prompt
         assert positions[i, 0] == len(prompt) - 1  # the prompt's last token predicts the first
         # What follows a label's position is that label; the last one ends the answer.
         np.testing.assert_array_equal(tokens[i, positions[i, :-1] + 1], labels[i, :-1])
         assert positions[i, -1] == tokens.shape[1] - 1
-        count = int((query['label_weights'][i] > 0).sum())
-        number = CharTokenizer().decode(tokens[i, len(prompt):])
-        assert number.isdigit() and len(number) == count - 1
-        assert (labels[i, count - 1:] == CharTokenizer.eos_id).all()
-        assert query['label_weights'][i].sum() == pytest.approx(1)
-        assert len(set(query['label_weights'][i, :count])) == 1
-        lengths.add(count)
-    assert lengths <= {2, 3, 4, 5} and len(lengths) > 1
+        assert CharTokenizer().decode(tokens[i, len(prompt):]).isdigit()
+        assert labels[i, -1] == CharTokenizer.eos_id
+        np.testing.assert_allclose(query['label_weights'][i], 1 / 5)
+
+
+def test_digits_are_balanced():
+    rng = np.random.default_rng(0)
+    numbers = np.asarray([list(niah.random_numbers(rng, 10)) for _ in range(200)])
+    digits = np.asarray([[list(number) for number in batch] for batch in numbers]).astype(int)
+    assert digits.shape == (200, 10, 4)
+    assert (np.sort(digits, axis=1) == np.arange(10)[:, None]).all()  # each once at each place
+    # Within a batch, places are independent of each other.
+    assert abs(np.corrcoef(digits[..., 0].ravel(), digits[..., 1].ravel())[0, 1]) < 0.1
+
+
+def test_own_weight_0_leaves_the_documents_out():
+    weights = groups({'own_weight': 0.0})[0]['query']['chunk_weights']
+    assert not weights[:, :9].any()
+
+
+def test_an_empty_chunk_counts_nothing():
+    source = groups({'tokens': (0, 60), 'steps': 20})
+    empty = 0
+    for i in range(40):
+        item = source[i]
+        absent = ~item['context']['mask'].any(1)
+        empty += absent.sum()
+        assert not item['query']['chunk_weights'][:, absent].any()
+    assert empty > 0
 
 
 def test_stages_follow_each_other():
@@ -156,7 +177,8 @@ def test_haystacks_are_sentences(name):
     assert len(sentences) == 40
     assert all(s[-1] in '.!?' and s == ' '.join(s.split()) for s in sentences)
     assert sentences == haystacks.get(name)(np.random.default_rng(0), 40)
-    assert sentences != haystacks.get(name)(np.random.default_rng(3), 40)
+    others = [haystacks.get(name)(np.random.default_rng(seed), 40) for seed in range(1, 9)]
+    assert any(sentences != other for other in others)
 
 
 def test_a_text_file_is_a_haystack(tmp_path):

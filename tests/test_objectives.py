@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import read_golden
 from test_d2l_golden import hypernetwork
 
 from d2l.context_encoders import early_exit
@@ -53,7 +54,7 @@ def query_of(arrays, per_context=True):
 
 
 @pytest.fixture(scope='module')
-def case(read_golden):
+def case():
     return read_golden(CASE), read_golden(LOSSES)[1]
 
 

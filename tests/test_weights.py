@@ -173,7 +173,7 @@ def test_tied_state_may_repeat_its_embedding():
     assert "unembedder" not in tied
     assert tied["final_norm"]["scale"].dtype == jnp.bfloat16
     untied = weights.from_hf_state(state, UNTIED, np.float32)
-    np.testing.assert_array_equal(untied["unembedder"]["embedding"], state["lm_head.weight"].T)
+    np.testing.assert_array_equal(untied["unembedder"]["embedding"], state["lm_head.weight"])
 
 
 def test_wrong_tensors_are_all_listed():
