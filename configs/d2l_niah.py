@@ -20,10 +20,13 @@ def get_config(variant: str = 'smollm2') -> ConfigDict:
     Raises:
       UserError: no such variant.
     """
-    variants = {'smollm2': _smollm2, 'tiny': _tiny,
-                'gemma2_2b': lambda: _published('gemma2_2b', 6),
-                'mistral_7b': lambda: _published('mistral_7b', 8),
-                'qwen3_4b': lambda: _published('qwen3_4b', 9)}
+    variants = {
+        'smollm2': _smollm2,
+        'tiny': _tiny,
+        'gemma2_2b': lambda: _published('gemma2_2b', 6),
+        'mistral_7b': lambda: _published('mistral_7b', 8),
+        'qwen3_4b': lambda: _published('qwen3_4b', 9),
+    }
     if variant not in variants:
         raise UserError(f'unknown variant {variant!r} of d2l_niah; known: {", ".join(variants)}')
     return variants[variant]()
@@ -33,40 +36,71 @@ def _published(base: str, early_exit: int) -> ConfigDict:
     """The settings of the paper: 640,000 contexts of 32 to 256 tokens, once."""
     contexts = 128
     steps = 640_000 // contexts
-    return ConfigDict({
-        'name': 'd2l_niah',
-        'base': base,
-        'base_dtype': 'bfloat16',
-        'seed': 0,
-        'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
-        'remat': 'full',
-        'accumulate': 1,
-        'log_every': 10,
-        'checkpoint_every': 500,
-        'keep_checkpoints': 2,
-        'hypernetwork': {
-            'name': 'doc_to_lora',
-            'encoder': {'name': 'early_exit', 'num_layers': early_exit},
-            'modules': ('down_proj',),
-            'shape': {'rank': 8, 'scaling': 2 * 8**1.5, 'latent_size': 512, 'num_latents': 208,
-                      'num_blocks': 8, 'num_heads': 16, 'num_kv_heads': 4, 'head_dim': 128,
-                      'num_pre_head_layers': 1, 'per_layer_processing': True, 'gate': False,
-                      'scaler_b': 0.0},
-        },
-        'objective': {'name': 'cross_entropy', 'l1': 1.5, 'max_chunks': 8},
-        'optimizer': {'learning_rate': 4e-5, 'end_learning_rate': 1e-7, 'warmup_steps': 100,
-                      'steps': steps, 'weight_decay': 0.01, 'b1': 0.9, 'b2': 0.999,
-                      'clip_norm': 1.0},
-        'data': {
-            'name': 'niah',
-            'stages': [{'steps': steps, 'contexts': contexts, 'tokens': (32, 256),
-                        'chunk_length': 256, 'chunks': (0.5, 0.125, *[0.0625] * 6),
-                        'own_weight': 1.0, 'pool': 0, 'max_repeats': 1, 'question': QUESTION,
-                        'haystacks': GRASS}],
-        },
-        # How `launch.adapt` and the evaluation cut documents.
-        'chunk_length': 1024,
-    })
+    return ConfigDict(
+        {
+            'name': 'd2l_niah',
+            'base': base,
+            'base_dtype': 'bfloat16',
+            'seed': 0,
+            'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
+            'remat': 'full',
+            'accumulate': 1,
+            'log_every': 10,
+            'checkpoint_every': 500,
+            'keep_checkpoints': 2,
+            'hypernetwork': {
+                'name': 'doc_to_lora',
+                'encoder': {'name': 'early_exit', 'num_layers': early_exit},
+                'modules': ('down_proj',),
+                'shape': {
+                    'rank': 8,
+                    'scaling': 2 * 8**1.5,
+                    'latent_size': 512,
+                    'num_latents': 208,
+                    'num_blocks': 8,
+                    'num_heads': 16,
+                    'num_kv_heads': 4,
+                    'head_dim': 128,
+                    'num_pre_head_layers': 1,
+                    'per_layer_processing': True,
+                    'gate': False,
+                    'scaler_b': 0.0,
+                },
+            },
+            'objective': {'name': 'cross_entropy', 'l1': 1.5, 'max_chunks': 8},
+            'optimizer': {
+                'learning_rate': 4e-5,
+                'end_learning_rate': 1e-7,
+                'warmup_steps': 100,
+                'steps': steps,
+                'restarts': (),
+                'restart_factor': 1.0,
+                'weight_decay': 0.01,
+                'b1': 0.9,
+                'b2': 0.999,
+                'clip_norm': 1.0,
+            },
+            'data': {
+                'name': 'niah',
+                'stages': [
+                    {
+                        'steps': steps,
+                        'contexts': contexts,
+                        'tokens': (32, 256),
+                        'chunk_length': 256,
+                        'chunks': (0.5, 0.125, *[0.0625] * 6),
+                        'own_weight': 1.0,
+                        'pool': 0,
+                        'max_repeats': 1,
+                        'question': QUESTION,
+                        'haystacks': GRASS,
+                    }
+                ],
+            },
+            # How `launch.adapt` and the evaluation cut documents.
+            'chunk_length': 1024,
+        }
+    )
 
 
 def _smollm2() -> ConfigDict:
@@ -75,30 +109,78 @@ def _smollm2() -> ConfigDict:
     config = _published('smollm2', 7)
     config.base_dtype = 'float32'
     config.remat = 'none'
-    config.hypernetwork.shape.update({
-        'latent_size': 192, 'num_latents': 64, 'num_blocks': 4, 'num_heads': 8, 'num_kv_heads': 4,
-        'head_dim': 32, 'per_layer_processing': False, 'gate': True,
-        'scaler_b': 0.05})
+    config.hypernetwork.shape.update(
+        {
+            'latent_size': 192,
+            'num_latents': 64,
+            'num_blocks': 4,
+            'num_heads': 8,
+            'num_kv_heads': 4,
+            'head_dim': 32,
+            'per_layer_processing': False,
+            'gate': True,
+            'scaler_b': 0.05,
+        }
+    )
     config.objective.l1 = 0.0
-    stage = {'contexts': 10, 'chunks': (1.0,), 'own_weight': 1.0, 'question': QUESTION,
-             'haystacks': PROSE}
+    stage = {
+        'contexts': 10,
+        'chunks': (1.0,),
+        'own_weight': 1.0,
+        'question': QUESTION,
+        'haystacks': PROSE,
+    }
     # Without the question a step costs half as much.
-    bare = {**stage, 'tokens': (0, 0), 'chunk_length': 16, 'pool': 0, 'max_repeats': 1,
-            'question': ''}
+    bare = {
+        **stage,
+        'tokens': (0, 0),
+        'chunk_length': 16,
+        'pool': 0,
+        'max_repeats': 1,
+        'question': '',
+    }
     config.data.stages = [
         {**bare, 'steps': 30, 'own_weight': 0.0},
         {**bare, 'steps': 370},
-        {**stage, 'steps': 200, 'tokens': (0, 60), 'chunk_length': 64, 'pool': 2,
-         'max_repeats': 2},
-        {**stage, 'steps': 250, 'tokens': (0, 124), 'chunk_length': 128, 'pool': 3,
-         'max_repeats': 8},
-        {**stage, 'steps': 350, 'tokens': (0, 252), 'chunk_length': 256, 'pool': 4,
-         'max_repeats': 64},
+        {**stage, 'steps': 200, 'tokens': (0, 60), 'chunk_length': 64, 'pool': 2, 'max_repeats': 2},
+        {
+            **stage,
+            'steps': 250,
+            'tokens': (0, 124),
+            'chunk_length': 128,
+            'pool': 3,
+            'max_repeats': 8,
+        },
+        {
+            **stage,
+            'steps': 350,
+            'tokens': (0, 252),
+            'chunk_length': 256,
+            'pool': 4,
+            'max_repeats': 64,
+        },
+        {
+            **stage,
+            'steps': 550,
+            'contexts': 20,
+            'tokens': (0, 124),
+            'chunk_length': 128,
+            'pool': 2,
+            'max_repeats': 64,
+        },
     ]
-    config.chunk_length = 256
-    config.optimizer.update({'learning_rate': 4e-4, 'end_learning_rate': 4e-5,
-                             'warmup_steps': 10, 'b2': 0.98,
-                             'steps': sum(s['steps'] for s in config.data.stages)})
+    config.chunk_length = 128
+    config.optimizer.update(
+        {
+            'learning_rate': 4e-4,
+            'end_learning_rate': 4e-5,
+            'warmup_steps': 10,
+            'b2': 0.98,
+            'restarts': (1200,),
+            'restart_factor': 0.3,
+            'steps': sum(s['steps'] for s in config.data.stages),
+        }
+    )
     config.checkpoint_every = 50
     return config
 
@@ -107,14 +189,29 @@ def _tiny() -> ConfigDict:
     """A few steps of a small hypernetwork on the real base model."""
     config = _smollm2()
     config.hypernetwork.encoder.num_layers = 1
-    config.hypernetwork.shape.update({'latent_size': 16, 'num_latents': 4, 'num_blocks': 1,
-                                      'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8})
-    stage = {'contexts': 2, 'chunks': (0.5, 0.5), 'max_repeats': 2,
-             'own_weight': 1.0, 'question': QUESTION, 'haystacks': GRASS}
+    config.hypernetwork.shape.update(
+        {
+            'latent_size': 16,
+            'num_latents': 4,
+            'num_blocks': 1,
+            'num_heads': 2,
+            'num_kv_heads': 1,
+            'head_dim': 8,
+        }
+    )
+    stage = {
+        'contexts': 2,
+        'chunks': (0.5, 0.5),
+        'max_repeats': 2,
+        'own_weight': 1.0,
+        'question': QUESTION,
+        'haystacks': GRASS,
+    }
     config.data.stages = [
         {**stage, 'steps': 3, 'tokens': (0, 0), 'chunk_length': 24, 'pool': 0, 'chunks': (1.0,)},
-        {**stage, 'steps': 3, 'tokens': (16, 60), 'chunk_length': 64, 'pool': 1}]
-    config.optimizer.update({'steps': 6, 'warmup_steps': 1})
+        {**stage, 'steps': 3, 'tokens': (16, 60), 'chunk_length': 64, 'pool': 1},
+    ]
+    config.optimizer.update({'steps': 6, 'restarts': (), 'warmup_steps': 1})
     config.log_every = 1
     config.checkpoint_every = 2
     return config

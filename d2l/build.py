@@ -21,14 +21,20 @@ def build(config: ConfigDict, base: DecoderConfig) -> Hypernetwork:
       UserError: unknown context encoder.
     """
     if config.encoder.name not in CONTEXT_ENCODERS:
-        raise UserError(f'unknown context encoder {config.encoder.name!r}; '
-                        f'known: {", ".join(CONTEXT_ENCODERS)}')
+        raise UserError(
+            f'unknown context encoder {config.encoder.name!r}; known: {", ".join(CONTEXT_ENCODERS)}'
+        )
     options = {'num_layers': config.encoder.num_layers} if config.encoder.num_layers else {}
     encoder = functools.partial(CONTEXT_ENCODERS[config.encoder.name], base, **options)
-    module = DocToLora(DocToLoraConfig(
-        num_layers=base.num_layers, dims=module_dims(base, config.modules),
-        layer_to_layer=config.encoder.name == 'per_layer_activations', feature_width=base.width,
-        **config.shape))
+    module = DocToLora(
+        DocToLoraConfig(
+            num_layers=base.num_layers,
+            dims=module_dims(base, config.modules),
+            layer_to_layer=config.encoder.name == 'per_layer_activations',
+            feature_width=base.width,
+            **config.shape,
+        )
+    )
 
     def encode(frozen, context):
         return encoder(frozen, context['tokens']), context['mask']

@@ -43,6 +43,6 @@ def pad(chunks: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.nd
     tokens = np.zeros((len(chunks), length), np.int32)
     mask = np.zeros((len(chunks), length), bool)
     for i, chunk in enumerate(chunks):
-        tokens[i, :len(chunk)] = chunk
-        mask[i, :len(chunk)] = True
+        tokens[i, : len(chunk)] = chunk
+        mask[i, : len(chunk)] = True
     return tokens, mask

@@ -17,8 +17,9 @@ from hyperlora.models.decoder import Decoder, first_layers
 from hyperlora.models.families import DecoderConfig
 
 
-def early_exit(config: DecoderConfig, params: Any, tokens: jax.Array, *, num_layers: int
-               ) -> jax.Array:
+def early_exit(
+    config: DecoderConfig, params: Any, tokens: jax.Array, *, num_layers: int
+) -> jax.Array:
     """Final norm of the hidden states after the first `num_layers` layers, `[n, 1, s, f]`.
 
     Args:

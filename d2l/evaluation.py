@@ -29,8 +29,9 @@ _DEPTH_BINS = 10
 _PROMPT_TOKENS = 16_384  # per batch of prompts that hold their documents: bounds the memory
 
 
-def in_context_prompt(base: BaseModel, document: Sequence[int], question: str,
-                      max_new_tokens: int) -> list[int]:
+def in_context_prompt(
+    base: BaseModel, document: Sequence[int], question: str, max_new_tokens: int
+) -> list[int]:
     """The prompt with the document in it, as much of its beginning as fits into the window.
 
     Args:
@@ -49,20 +50,27 @@ def in_context_prompt(base: BaseModel, document: Sequence[int], question: str,
         if len(prompt) <= room:
             return prompt
         kept -= len(prompt) - room
-    raise UserError(f'the question does not fit into the window of {base.config.max_length} tokens '
-                    f'of {base.name}; shorten it')
+    raise UserError(
+        f'the question does not fit into the window of {base.config.max_length} tokens '
+        f'of {base.name}; shorten it'
+    )
 
 
-def answer_in_context(base: BaseModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
-                      ) -> list[str]:
+def answer_in_context(
+    base: BaseModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[str]:
     """Greedy answers of the base model to long prompts, few at a time."""
     rows = max(_PROMPT_TOKENS // bucket(max(map(len, prompts))), 1)
-    return [text for start in range(0, len(prompts), rows)
-            for text in answer(base, prompts[start:start + rows], max_new_tokens)]
+    return [
+        text
+        for start in range(0, len(prompts), rows)
+        for text in answer(base, prompts[start : start + rows], max_new_tokens)
+    ]
 
 
-def needle_examples(config: ConfigDict, writer: Writer, haystack: haystacks.Haystack, length: int
-                    ) -> tuple[list[list[int]], list[str], np.ndarray]:
+def needle_examples(
+    config: ConfigDict, writer: Writer, haystack: haystacks.Haystack, length: int
+) -> tuple[list[list[int]], list[str], np.ndarray]:
     """The examples of a length; each depends on (seed, length, index) alone.
 
     Returns:
@@ -74,8 +82,9 @@ def needle_examples(config: ConfigDict, writer: Writer, haystack: haystacks.Hays
     for i, depth in enumerate(depths):
         rng = np.random.default_rng((config.seed, length, i))
         numbers += random_numbers(rng, 1)
-        documents.append(writer.write(rng, haystack, length, NEEDLE.format(numbers[-1]),
-                                      float(depth)).tokens)
+        documents.append(
+            writer.write(rng, haystack, length, NEEDLE.format(numbers[-1]), float(depth)).tokens
+        )
     return documents, numbers, depths
 
 
@@ -102,10 +111,18 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     model = trained.load(checkpoint)
     base = model.base
     path = workdir / 'metrics.json'
-    metrics = _resume(path, {
-        'checkpoint': checkpoint, 'weights': _digest(model.params), 'base': base.name,
-        **{key: config[key] for key in ('haystack', 'seed', 'examples', 'baseline_examples',
-                                        'max_new_tokens')}})
+    metrics = _resume(
+        path,
+        {
+            'checkpoint': checkpoint,
+            'weights': _digest(model.params),
+            'base': base.name,
+            **{
+                key: config[key]
+                for key in ('haystack', 'seed', 'examples', 'baseline_examples', 'max_new_tokens')
+            },
+        },
+    )
     todo = [n for n in sorted(set(config.lengths)) if str(n) not in metrics['exact_match']]
     answerer = Answerer(Internalizer(model))
     writer = Writer(base.tokenizer)
@@ -117,8 +134,10 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     for length in todo:
         documents, numbers, depths = needle_examples(config, writer, haystack, length)
         results = _answer_all(config, base, answerer, documents)
-        right = {method: [text.strip() == numbers[i] for i, text in texts.items()]
-                 for method, (texts, _) in results.items()}
+        right = {
+            method: [text.strip() == numbers[i] for i, text in texts.items()]
+            for method, (texts, _) in results.items()
+        }
         key = str(length)
         metrics['exact_match'][key] = {m: float(np.mean(r)) for m, r in right.items()}
         metrics['counts'][key] = {m: len(r) for m, r in right.items()}
@@ -126,8 +145,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
         metrics['seconds'][key] = {m: spent for m, (_, spent) in results.items()}
         _write(path, metrics)
         work_done += work(length)
-        left = (time.perf_counter() - start) / work_done * sum(
-            work(n) for n in todo if n > length)
+        left = (time.perf_counter() - start) / work_done * sum(work(n) for n in todo if n > length)
         scores = '  '.join(f'{m} {value:.2f}' for m, value in metrics['exact_match'][key].items())
         print(f'{length} tokens: {scores}  ETA {left / 60:.0f} min', flush=True)
     _draw(workdir, metrics, base)
@@ -139,12 +157,15 @@ def _check(config: ConfigDict) -> None:
     if config.examples < 1 or config.max_new_tokens < 1:
         raise UserError('examples and max_new_tokens must be positive')
     if not 0 <= config.baseline_examples <= config.examples:
-        raise UserError(f'baseline_examples must be from 0 to examples ({config.examples}), '
-                        f'not {config.baseline_examples}')
+        raise UserError(
+            f'baseline_examples must be from 0 to examples ({config.examples}), '
+            f'not {config.baseline_examples}'
+        )
 
 
-def _answer_all(config: ConfigDict, base: BaseModel, answerer: Answerer,
-                documents: list[list[int]]) -> dict[str, tuple[dict[int, str], float]]:
+def _answer_all(
+    config: ConfigDict, base: BaseModel, answerer: Answerer, documents: list[list[int]]
+) -> dict[str, tuple[dict[int, str], float]]:
     """Method -> (answers by index of the example, seconds per example)."""
     question = base.tokenizer.prompt(QUESTION)
     new = config.max_new_tokens
@@ -160,8 +181,9 @@ def _answer_all(config: ConfigDict, base: BaseModel, answerer: Answerer,
     def in_context():
         # Spread over the examples, so over the depths.
         chosen = np.linspace(0, len(documents) - 1, config.baseline_examples).round()
-        prompts = {int(i): in_context_prompt(base, documents[int(i)], QUESTION, new)
-                   for i in chosen}
+        prompts = {
+            int(i): in_context_prompt(base, documents[int(i)], QUESTION, new) for i in chosen
+        }
         texts = answer_in_context(base, list(prompts.values()), new)
         return dict(zip(prompts, texts, strict=True))
 
@@ -177,9 +199,14 @@ def _by_depth(depths: np.ndarray, right: list[bool]) -> dict[str, dict[str, floa
     """Exact match by depth, the bins named by their bounds."""
     bins = np.minimum((depths * _DEPTH_BINS).astype(int), _DEPTH_BINS - 1)
     right = np.asarray(right)
-    return {f'{k / _DEPTH_BINS:.1f}-{(k + 1) / _DEPTH_BINS:.1f}':
-            {'exact_match': float(right[bins == k].mean()), 'n': int((bins == k).sum())}
-            for k in range(_DEPTH_BINS) if (bins == k).any()}
+    return {
+        f'{k / _DEPTH_BINS:.1f}-{(k + 1) / _DEPTH_BINS:.1f}': {
+            'exact_match': float(right[bins == k].mean()),
+            'n': int((bins == k).sum()),
+        }
+        for k in range(_DEPTH_BINS)
+        if (bins == k).any()
+    }
 
 
 def _digest(params: Any) -> str:
@@ -195,16 +222,22 @@ def _resume(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
     fresh = {**settings, 'exact_match': {}, 'counts': {}, 'depth': {}, 'seconds': {}}
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
-        changes = [f'{key}: {found[key]} -> {value}' for key, value in settings.items()
-                   if found[key] != value]
+        changes = [
+            f'{key}: {found[key]} -> {value}'
+            for key, value in settings.items()
+            if found[key] != value
+        ]
     except FileNotFoundError:
         return fresh
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f'{path} is not that of this evaluation ({e!r}); use another workdir'
-                        ) from e
+        raise UserError(
+            f'{path} is not that of this evaluation ({e!r}); use another workdir'
+        ) from e
     if changes:
-        raise UserError(f'{path} is of an evaluation with other settings ({", ".join(changes)}); '
-                        'use another workdir')
+        raise UserError(
+            f'{path} is of an evaluation with other settings ({", ".join(changes)}); '
+            'use another workdir'
+        )
     return found
 
 
@@ -217,13 +250,35 @@ def _write(path: pathlib.Path, metrics: dict[str, Any]) -> None:
 def _draw(workdir: pathlib.Path, metrics: dict[str, Any], base: BaseModel) -> None:
     lengths = sorted(metrics['exact_match'], key=int)
     bins = sorted({depth for length in lengths for depth in metrics['depth'][length]})
-    values = np.asarray([[metrics['depth'][length].get(depth, {}).get('exact_match', np.nan)
-                          for length in lengths] for depth in bins])
+    values = np.asarray(
+        [
+            [
+                metrics['depth'][length].get(depth, {}).get('exact_match', np.nan)
+                for length in lengths
+            ]
+            for depth in bins
+        ]
+    )
     title = f'Needle in a haystack ({pathlib.Path(metrics["haystack"]).name})'
-    plots.heat_map(workdir / 'niah_depth.png', values, bins, lengths, 'depth of the needle',
-                   'document length (tokens)', f'{title}: exact match of d2l')
+    plots.heat_map(
+        workdir / 'niah_depth.png',
+        values,
+        bins,
+        lengths,
+        'depth of the needle',
+        'document length (tokens)',
+        f'{title}: exact match of d2l',
+    )
     methods = {m: None for length in lengths for m in metrics['exact_match'][length]}
-    lines = {m: {int(n): metrics['exact_match'][n][m] for n in lengths
-                 if m in metrics['exact_match'][n]} for m in methods}
-    plots.curves(workdir / 'niah_length.png', lines, 'document length (tokens)', 'exact match',
-                 title, {f'window of {base.name}': base.config.max_length})
+    lines = {
+        m: {int(n): metrics['exact_match'][n][m] for n in lengths if m in metrics['exact_match'][n]}
+        for m in methods
+    }
+    plots.curves(
+        workdir / 'niah_length.png',
+        lines,
+        'document length (tokens)',
+        'exact match',
+        title,
+        {f'window of {base.name}': base.config.max_length},
+    )

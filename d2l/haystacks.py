@@ -18,20 +18,97 @@ from hyperlora.errors import UserError
 
 Haystack = Callable[[np.random.Generator, int], list[str]]
 
-GRASS = ('The grass is green.', 'The sky is blue.', 'The sun is yellow.', 'Here we go.',
-         'There and back again.')
+GRASS = (
+    'The grass is green.',
+    'The sky is blue.',
+    'The sun is yellow.',
+    'Here we go.',
+    'There and back again.',
+)
 
-_NAMES = ('Anna', 'Boris', 'Carla', 'David', 'Elena', 'Farid', 'Grace', 'Hugo', 'Ines', 'Jonas',
-          'Kavya', 'Liam', 'Mei', 'Noah', 'Olga', 'Pedro', 'Rosa', 'Samir', 'Tessa', 'Yuki')
-_PLACES = ('Lisbon', 'Oslo', 'Nairobi', 'Kyoto', 'Lima', 'Toronto', 'Vienna', 'Mumbai', 'Quito',
-           'Dublin', 'the old harbour', 'the market square', 'the northern valley',
-           'a small village', 'the city library', 'the railway museum')
-_THINGS = ('bicycle', 'violin', 'lantern', 'telescope', 'ladder', 'teapot', 'map', 'notebook',
-           'radio', 'blanket', 'compass', 'painting', 'wooden chair', 'fishing boat', 'greenhouse')
-_QUALITIES = ('old', 'quiet', 'expensive', 'broken', 'famous', 'heavy', 'colourful', 'rare',
-              'surprisingly small', 'well known', 'carefully made', 'almost forgotten')
-_FIELDS = ('geology', 'medicine', 'music', 'astronomy', 'law', 'architecture', 'biology',
-           'chemistry', 'history', 'economics')
+_NAMES = (
+    'Anna',
+    'Boris',
+    'Carla',
+    'David',
+    'Elena',
+    'Farid',
+    'Grace',
+    'Hugo',
+    'Ines',
+    'Jonas',
+    'Kavya',
+    'Liam',
+    'Mei',
+    'Noah',
+    'Olga',
+    'Pedro',
+    'Rosa',
+    'Samir',
+    'Tessa',
+    'Yuki',
+)
+_PLACES = (
+    'Lisbon',
+    'Oslo',
+    'Nairobi',
+    'Kyoto',
+    'Lima',
+    'Toronto',
+    'Vienna',
+    'Mumbai',
+    'Quito',
+    'Dublin',
+    'the old harbour',
+    'the market square',
+    'the northern valley',
+    'a small village',
+    'the city library',
+    'the railway museum',
+)
+_THINGS = (
+    'bicycle',
+    'violin',
+    'lantern',
+    'telescope',
+    'ladder',
+    'teapot',
+    'map',
+    'notebook',
+    'radio',
+    'blanket',
+    'compass',
+    'painting',
+    'wooden chair',
+    'fishing boat',
+    'greenhouse',
+)
+_QUALITIES = (
+    'old',
+    'quiet',
+    'expensive',
+    'broken',
+    'famous',
+    'heavy',
+    'colourful',
+    'rare',
+    'surprisingly small',
+    'well known',
+    'carefully made',
+    'almost forgotten',
+)
+_FIELDS = (
+    'geology',
+    'medicine',
+    'music',
+    'astronomy',
+    'law',
+    'architecture',
+    'biology',
+    'chemistry',
+    'history',
+    'economics',
+)
 _TEMPLATES = (
     'In {year}, {name} moved to {place} to study {field}.',
     'The {thing} in {place} is {quality}.',
@@ -62,24 +139,37 @@ def grass(rng: np.random.Generator, count: int) -> list[str]:
 
 def varied(rng: np.random.Generator, count: int) -> list[str]:
     """Unrelated generated sentences with names, places and numbers."""
+
     def pick(options):
         return options[rng.integers(len(options))]
 
     def sentence():
         return pick(_TEMPLATES).format(
-            name=pick(_NAMES), name2=pick(_NAMES), place=pick(_PLACES), place2=pick(_PLACES),
-            thing=pick(_THINGS), quality=pick(_QUALITIES), field=pick(_FIELDS),
-            field2=pick(_FIELDS), year=rng.integers(1700, 2025), number=rng.integers(10, 10000),
-            small=rng.integers(2, 30), hour=rng.integers(0, 24),
-            minute=f'{rng.integers(0, 60):02d}')
+            name=pick(_NAMES),
+            name2=pick(_NAMES),
+            place=pick(_PLACES),
+            place2=pick(_PLACES),
+            thing=pick(_THINGS),
+            quality=pick(_QUALITIES),
+            field=pick(_FIELDS),
+            field2=pick(_FIELDS),
+            year=rng.integers(1700, 2025),
+            number=rng.integers(10, 10000),
+            small=rng.integers(2, 30),
+            hour=rng.integers(0, 24),
+            minute=f'{rng.integers(0, 60):02d}',
+        )
+
     return [sentence() for _ in range(count)]
 
 
 def consecutive(sentences: list[str]) -> Haystack:
     """Haystack of a text: its sentences from a random one on, wrapping round at the end."""
+
     def sample(rng: np.random.Generator, count: int) -> list[str]:
         start = int(rng.integers(len(sentences)))
         return [sentences[(start + i) % len(sentences)] for i in range(count)]
+
     return sample
 
 
@@ -94,8 +184,13 @@ def split_sentences(text: str) -> list[str]:
 def python_manual() -> tuple[str, ...]:
     """Sentences of the language manual that every Python installation carries."""
     from pydoc_data.topics import topics
-    running = [p for text in topics.values() for p in re.split(r'\n\s*\n', text)
-               if not p.startswith((' ', '   ', '*', '+', '|', '-', '>'))]
+
+    running = [
+        p
+        for text in topics.values()
+        for p in re.split(r'\n\s*\n', text)
+        if not p.startswith((' ', '   ', '*', '+', '|', '-', '>'))
+    ]
     return tuple(split_sentences(re.sub(r'[*`]', '', '\n\n'.join(running))))
 
 
@@ -111,8 +206,10 @@ def from_file(path: str) -> Haystack:
             articles = json.loads(text)['data']
             text = '\n\n'.join(p['context'] for a in articles for p in a['paragraphs'])
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f'haystack {path!r} is neither {", ".join(HAYSTACKS)} nor a readable '
-                        f'UTF-8 text or SQuAD-format JSON file ({e})') from e
+        raise UserError(
+            f'haystack {path!r} is neither {", ".join(HAYSTACKS)} nor a readable '
+            f'UTF-8 text or SQuAD-format JSON file ({e})'
+        ) from e
     sentences = split_sentences(text)
     if len(sentences) < 10:
         raise UserError(f'haystack {path!r} holds {len(sentences)} sentences; at least 10 needed')

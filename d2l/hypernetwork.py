@@ -68,9 +68,17 @@ class DocToLoraConfig:
         """Shape of the Perceiver: one output per (layer, module, rank), or per (module, rank)."""
         outputs = len(self.dims) * self.rank * (1 if self.layer_to_layer else self.num_layers)
         return PerceiverConfig(
-            self.latent_size, self.num_latents, outputs, self.num_blocks, self.num_self_attention,
-            self.shared_blocks, self.num_heads, self.num_kv_heads, self.head_dim,
-            projection_width=4 * self.feature_width)
+            self.latent_size,
+            self.num_latents,
+            outputs,
+            self.num_blocks,
+            self.num_self_attention,
+            self.shared_blocks,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            projection_width=4 * self.feature_width,
+        )
 
 
 class PerLayerDense(nn.Module):
@@ -82,10 +90,14 @@ class PerLayerDense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         layers, width = x.shape[1], x.shape[-1]
         init = nn.with_logical_partitioning(
-            torch_linear_init(batch_axis=(0,)), ('layers', 'latent', 'mlp'))
+            torch_linear_init(batch_axis=(0,)), ('layers', 'latent', 'mlp')
+        )
         kernel = self.param('kernel', init, (layers, width, self.features))
-        bias = self.param('bias', nn.with_logical_partitioning(
-            nn.initializers.zeros, ('layers', 'mlp')), (layers, self.features))
+        bias = self.param(
+            'bias',
+            nn.with_logical_partitioning(nn.initializers.zeros, ('layers', 'mlp')),
+            (layers, self.features),
+        )
         return jnp.einsum('nlmri,lio->nlmro', x, kernel) + bias[:, None, None]
 
 
@@ -100,6 +112,7 @@ class ResidualMlp(nn.Module):
             if self.per_layer:
                 return PerLayerDense(features, name=name)
             return nn.Dense(features, kernel_init=torch_linear_init(), name=name)
+
         width = x.shape[-1]
         y = nn.LayerNorm(epsilon=1e-5, name='norm_in')(x)
         y = linear(width, 'down')(nn.silu(linear(4 * width, 'up')(y)))
@@ -112,8 +125,9 @@ class DocToLora(nn.Module):
     config: DocToLoraConfig
 
     @nn.compact
-    def __call__(self, features: jax.Array, mask: jax.Array, iterative: bool = False
-                 ) -> tuple[Lora, Lora | None]:
+    def __call__(
+        self, features: jax.Array, mask: jax.Array, iterative: bool = False
+    ) -> tuple[Lora, Lora | None]:
         """Generates LoRAs in one forward pass.
 
         Args:
@@ -134,40 +148,60 @@ class DocToLora(nn.Module):
         x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
         widest = max(i + o for _, i, o in c.dims)
-        head = self.param('head', nn.with_logical_partitioning(
-            nn.initializers.normal(0.5 / (c.latent_size + widest * c.rank) ** 0.5),
-            ('layers', None, 'latent', 'lora')), (c.num_layers, modules, c.latent_size, widest))
+        head = self.param(
+            'head',
+            nn.with_logical_partitioning(
+                nn.initializers.normal(0.5 / (c.latent_size + widest * c.rank) ** 0.5),
+                ('layers', None, 'latent', 'lora'),
+            ),
+            (c.num_layers, modules, c.latent_size, widest),
+        )
         flat = jnp.einsum('nlmrd,lmdo->lmnro', x, head)
         if c.gate:
             # Pooled over the latents: whether this chunk says anything at all. Starts open.
-            gate = nn.Dense(1, kernel_init=nn.initializers.zeros,
-                            bias_init=nn.initializers.constant(2.0), name='gate')(
-                latents.mean(-2)).transpose(1, 0, 2)[..., None]  # [e, n, 1, 1]
+            gate = nn.Dense(
+                1,
+                kernel_init=nn.initializers.zeros,
+                bias_init=nn.initializers.constant(2.0),
+                name='gate',
+            )(latents.mean(-2)).transpose(1, 0, 2)[..., None]  # [e, n, 1, 1]
             # Stretched beyond [0, 1] and cut off, so that a shut gate is exactly 0.
             gate = jnp.clip(1.2 * nn.sigmoid(gate) - 0.1, 0, 1)
 
         chunk_pairs, shared_pairs = {}, {}
         for m, (name, i, o) in enumerate(c.dims):
+
             def per_rank(key, init, name=name):
-                return self.param(f'{key}_{name}', nn.with_logical_partitioning(
-                    init, ('layers', None)), (c.num_layers, c.rank))[:, None, :, None]
+                return self.param(
+                    f'{key}_{name}',
+                    nn.with_logical_partitioning(init, ('layers', None)),
+                    (c.num_layers, c.rank),
+                )[:, None, :, None]
+
             a = flat[:, m, ..., :i] * per_rank('scaler_a', nn.initializers.ones)
             start = nn.initializers.constant(c.scaler_b)
-            b = flat[:, m, ..., i:i + o] * per_rank('scaler_b', start)
+            b = flat[:, m, ..., i : i + o] * per_rank('scaler_b', start)
             chunk_pairs[name] = LoraPair(a, b * gate if c.gate else b)
             if c.use_bias:
+
                 def shared(key, init, width, name=name):
-                    return self.param(f'{key}_{name}', nn.with_logical_partitioning(
-                        init, ('layers', None, 'lora')), (c.num_layers, c.rank, width))[:, None]
+                    return self.param(
+                        f'{key}_{name}',
+                        nn.with_logical_partitioning(init, ('layers', None, 'lora')),
+                        (c.num_layers, c.rank, width),
+                    )[:, None]
+
                 deviation = 0.2 / (i * c.rank) ** 0.5
                 shared_pairs[name] = LoraPair(
                     shared('bias_a', nn.initializers.normal(deviation), i),
-                    shared('bias_b', nn.initializers.zeros, o))
+                    shared('bias_b', nn.initializers.zeros, o),
+                )
         scaling = jnp.float32(c.scaling)
         return Lora(chunk_pairs, scaling), Lora(shared_pairs, scaling) if c.use_bias else None
 
-    def _perceive(self, features: jax.Array, mask: jax.Array, iterative: bool
-                  ) -> tuple[jax.Array, jax.Array]:
+    def _perceive(
+        self, features: jax.Array, mask: jax.Array, iterative: bool
+    ) -> tuple[jax.Array, jax.Array]:
         """Latents `[n, e, z, d]` and outputs `[n, e, outputs, d]`."""
         perceiver = Perceiver(self.config.perceiver, name='perceiver')
         chunks, entries, tokens, width = features.shape
@@ -179,15 +213,19 @@ class DocToLora(nn.Module):
                 xs = features, mask[:, None]
             _, (latents, out) = nn.scan(
                 lambda module, carry, xs: (carry, module(*xs)),
-                variable_broadcast='params', split_rngs={'params': False},
+                variable_broadcast='params',
+                split_rngs={'params': False},
             )(perceiver, (), xs)
             if over_layers:
                 latents, out = latents.swapaxes(0, 1), out.swapaxes(0, 1)
             return latents, out
-        latents, out = perceiver(features.reshape(chunks * entries, tokens, width),
-                                 jnp.repeat(mask, entries, 0))
-        return (latents.reshape(chunks, entries, *latents.shape[1:]),
-                out.reshape(chunks, entries, *out.shape[1:]))
+        latents, out = perceiver(
+            features.reshape(chunks * entries, tokens, width), jnp.repeat(mask, entries, 0)
+        )
+        return (
+            latents.reshape(chunks, entries, *latents.shape[1:]),
+            out.reshape(chunks, entries, *out.shape[1:]),
+        )
 
 
 def module_dims(base_config, modules) -> tuple[tuple[str, int, int], ...]:
@@ -195,7 +233,12 @@ def module_dims(base_config, modules) -> tuple[tuple[str, int, int], ...]:
     c = base_config
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     table: Mapping[str, tuple[int, int]] = {
-        'q_proj': (c.width, heads), 'k_proj': (c.width, kv), 'v_proj': (c.width, kv),
-        'o_proj': (heads, c.width), 'gate_proj': (c.width, c.mlp_width),
-        'up_proj': (c.width, c.mlp_width), 'down_proj': (c.mlp_width, c.width)}
+        'q_proj': (c.width, heads),
+        'k_proj': (c.width, kv),
+        'v_proj': (c.width, kv),
+        'o_proj': (heads, c.width),
+        'gate_proj': (c.width, c.mlp_width),
+        'up_proj': (c.width, c.mlp_width),
+        'down_proj': (c.mlp_width, c.width),
+    }
     return tuple((name, *table[name]) for name in sorted(modules))

@@ -27,8 +27,10 @@ _MAX_RANK = 2048  # past this rank a growing LoRA is folded into its delta, whic
 
 def _generate(trained: Trained):
     """Jitted generation for a chunk batch; one per model, so that shapes compile once."""
+
     def run(params, frozen, context, iterative):
         return trained.hypernetwork.generate(params, frozen, context, iterative=iterative)
+
     return jax.jit(run, static_argnames='iterative')
 
 
@@ -42,8 +44,9 @@ class Internalizer:
     def __init__(self, trained: Trained, iterative: bool = False):
         """`iterative` runs the Perceiver layer by layer or chunk by chunk: less memory, slower."""
         self.trained = trained
-        self._run = functools.partial(_generate(trained), trained.params, trained.base.params,
-                                      iterative=iterative)
+        self._run = functools.partial(
+            _generate(trained), trained.params, trained.base.params, iterative=iterative
+        )
         self.shared: Lora | None = None
 
     def split(self, document: Sequence[int]) -> list[tuple[int, ...]]:
@@ -54,11 +57,14 @@ class Internalizer:
         """
         if not len(document):
             raise UserError('the document is empty; there is nothing to internalise')
-        return [tuple(chunk) for chunk in chunking.split(
-            document, self.trained.base.tokenizer, self.trained.config.chunk_length)]
+        return [
+            tuple(chunk)
+            for chunk in chunking.split(
+                document, self.trained.base.tokenizer, self.trained.config.chunk_length
+            )
+        ]
 
-    def chunk_loras(self, chunks: Iterable[tuple[int, ...]]
-                    ) -> tuple[list[tuple[int, ...]], Lora]:
+    def chunk_loras(self, chunks: Iterable[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], Lora]:
         """Distinct chunks -> those that say anything, and their LoRAs, one row each.
 
         A chunk whose gate is shut has a LoRA of zeros and is left out. Chunks are padded to a few
@@ -100,7 +106,7 @@ class Internalizer:
         step = max(_MAX_RANK // self.trained.config.hypernetwork.shape.rank, 1)
         whole: Lora | None = None
         for start in range(0, len(chunks), step):
-            kept, loras = self.chunk_loras(chunks[start:start + step])
+            kept, loras = self.chunk_loras(chunks[start : start + step])
             weights = jnp.asarray([[counts[c] for c in kept]], jnp.float32)
             part = lora_lib.fold(*lora_lib.compose(loras, None, 1, weights))
             whole = part if whole is None else lora_lib.compact(lora_lib.concatenate(whole, part))
@@ -146,12 +152,21 @@ class Answerer:
         distinct = dict.fromkeys(chunk for _, counts in batch for chunk in counts)
         kept, loras = self.internalizer.chunk_loras(distinct)
         weights = np.asarray([[counts[c] for c in kept] for _, counts in batch], np.float32)
-        lora, rank_weights = lora_lib.compose(loras, self.internalizer.shared, 1,
-                                              jnp.asarray(weights))
+        lora, rank_weights = lora_lib.compose(
+            loras, self.internalizer.shared, 1, jnp.asarray(weights)
+        )
         # A rank rounded up keeps the compiled shapes few.
         missing = -lora.rank % 128
-        lora = lora.replace(pairs=jax.tree.map(
-            lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), lora.pairs))
+        lora = lora.replace(
+            pairs=jax.tree.map(
+                lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), lora.pairs
+            )
+        )
         rank_weights = jnp.pad(rank_weights, ((0, 0), (0, missing)))
-        return answer(self.internalizer.trained.base, [q.prompt for q, _ in batch],
-                      max_new_tokens, lora, rank_weights)
+        return answer(
+            self.internalizer.trained.base,
+            [q.prompt for q, _ in batch],
+            max_new_tokens,
+            lora,
+            rank_weights,
+        )

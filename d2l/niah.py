@@ -47,8 +47,10 @@ class Document:
         """Random split at sentence boundaries into exactly `parts` chunks (some may be empty)."""
         cuts = np.sort(rng.integers(len(self.sentences) + 1, size=parts - 1))
         bounds = [0, *cuts.tolist(), len(self.sentences)]
-        return [[t for s in self.sentences[a:b] for t in s]
-                for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [
+            [t for s in self.sentences[a:b] for t in s]
+            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
 
 
 class Writer:
@@ -58,9 +60,15 @@ class Writer:
         self.tokenizer = tokenizer
         self._encode = functools.lru_cache(maxsize=50_000)(tokenizer.encode)
 
-    def write(self, rng: np.random.Generator, haystack: haystacks.Haystack, tokens: int,
-              needle: str | None, depth: float | None = None, line_breaks: float = 0.0
-              ) -> Document:
+    def write(
+        self,
+        rng: np.random.Generator,
+        haystack: haystacks.Haystack,
+        tokens: int,
+        needle: str | None,
+        depth: float | None = None,
+        line_breaks: float = 0.0,
+    ) -> Document:
         """A document of at most `tokens` tokens (more only if the needle alone is longer).
 
         Args:
@@ -82,8 +90,9 @@ class Writer:
         breaks = rng.random(len(texts)) < line_breaks
         marks = ['\n' if broken else ' ' for broken in breaks]
         marks[:1] = [''] if texts else []
-        return Document([list(self._encode(mark + text))
-                         for mark, text in zip(marks, texts, strict=True)])
+        return Document(
+            [list(self._encode(mark + text)) for mark, text in zip(marks, texts, strict=True)]
+        )
 
 
 class NeedleGroups:
@@ -103,13 +112,15 @@ class NeedleGroups:
     have in common before the generated ones join in.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stages: list[dict[str, Any]], seed: int,
-                 groups_per_step: int):
+    def __init__(
+        self, tokenizer: Tokenizer, stages: list[dict[str, Any]], seed: int, groups_per_step: int
+    ):
         self.seed, self.groups_per_step = seed, groups_per_step
         self.stages = [dict(stage) for stage in stages]
         self.writer = Writer(tokenizer)
-        self.haystacks = {name: haystacks.get(name)
-                          for stage in self.stages for name in stage['haystacks']}
+        self.haystacks = {
+            name: haystacks.get(name) for stage in self.stages for name in stage['haystacks']
+        }
 
     def __len__(self) -> int:
         return self.groups_per_step * sum(stage['steps'] for stage in self.stages)
@@ -139,18 +150,24 @@ class NeedleGroups:
             return self.writer.write(rng, self.haystacks[name], length, needle, line_breaks=0.1)
 
         numbers = random_numbers(rng, contexts)
-        chunks = [chunk for number in numbers
-                  for chunk in write(NEEDLE.format(number)).split(rng, parts)]
+        chunks = [
+            chunk for number in numbers for chunk in write(NEEDLE.format(number)).split(rng, parts)
+        ]
         chunks += [write(None).tokens for _ in range(pool)]
-        tokens, mask = chunking.pad([c[:stage['chunk_length']] for c in chunks],
-                                    stage['chunk_length'])
+        tokens, mask = chunking.pad(
+            [c[: stage['chunk_length']] for c in chunks], stage['chunk_length']
+        )
         own = stage['own_weight'] * np.repeat(np.eye(contexts), parts, axis=1)
         repeats = np.exp(rng.random((contexts, pool)) * np.log(stage['max_repeats'])).round()
         repeats *= rng.random((contexts, pool)) < rng.random((contexts, 1))
         weights = np.concatenate([own, repeats], 1) * mask.any(1)  # an empty chunk says nothing
-        return {'context': {'tokens': tokens, 'mask': mask},
-                'query': {**self.answers(stage['question'], numbers),
-                          'chunk_weights': weights.astype(np.float32)}}
+        return {
+            'context': {'tokens': tokens, 'mask': mask},
+            'query': {
+                **self.answers(stage['question'], numbers),
+                'chunk_weights': weights.astype(np.float32),
+            },
+        }
 
     def answers(self, question: str, numbers: list[str]) -> dict[str, np.ndarray]:
         """Query tokens and labels: each query's answer, then the end of the turn."""
@@ -159,13 +176,17 @@ class NeedleGroups:
         labels = np.asarray([[*tokenizer.encode(n), tokenizer.eos_id] for n in numbers], np.int32)
         prompts = np.tile(np.asarray(prompt, np.int32), (len(numbers), 1))
         positions = len(prompt) - 1 + np.arange(labels.shape[1], dtype=np.int32)
-        return {'tokens': np.concatenate([prompts, labels[:, :-1]], 1), 'labels': labels,
-                'label_positions': np.tile(positions, (len(numbers), 1)),
-                'label_weights': np.full(labels.shape, 1 / labels.shape[1], np.float32)}
+        return {
+            'tokens': np.concatenate([prompts, labels[:, :-1]], 1),
+            'labels': labels,
+            'label_positions': np.tile(positions, (len(numbers), 1)),
+            'label_weights': np.full(labels.shape, 1 / labels.shape[1], np.float32),
+        }
 
 
-def build(config: ConfigDict, tokenizer: Tokenizer, seed: int, groups: int, accumulate: int
-          ) -> grain.MapDataset:
+def build(
+    config: ConfigDict, tokenizer: Tokenizer, seed: int, groups: int, accumulate: int
+) -> grain.MapDataset:
     """Training steps: every leaf `[accumulate, groups * per group, ...]`."""
     source = NeedleGroups(tokenizer, config.stages, seed, groups * accumulate)
 
@@ -173,6 +194,10 @@ def build(config: ConfigDict, tokenizer: Tokenizer, seed: int, groups: int, accu
         def leaf(*xs):
             x = np.stack(xs)
             return x.reshape(accumulate, groups * x.shape[1], *x.shape[2:])
-        return {part: {key: leaf(*(item[part][key] for item in items)) for key in items[0][part]}
-                for part in items[0]}
+
+        return {
+            part: {key: leaf(*(item[part][key] for item in items)) for key in items[0][part]}
+            for part in items[0]
+        }
+
     return grain.MapDataset.source(source).batch(groups * accumulate, batch_fn=stack)

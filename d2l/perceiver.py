@@ -77,8 +77,9 @@ class AttentionLayer(nn.Module):
     config: PerceiverConfig
 
     @nn.compact
-    def __call__(self, latents: jax.Array, context: jax.Array | None,
-                 mask: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, latents: jax.Array, context: jax.Array | None, mask: jax.Array | None
+    ) -> jax.Array:
         """Updates latents.
 
         Args:
@@ -91,8 +92,7 @@ class AttentionLayer(nn.Module):
         """
         c = self.config
         x = RMSNorm(_EPS, name='input_latents_layernorm')(latents)
-        source = (x if context is None
-                  else RMSNorm(_EPS, name='input_context_layernorm')(context))
+        source = x if context is None else RMSNorm(_EPS, name='input_context_layernorm')(context)
         rows, tokens, _ = source.shape
         q = dense(c.num_heads * c.head_dim, ('latent', 'heads'), 'q_proj')(x)
         k = dense(c.num_kv_heads * c.head_dim, ('latent', 'heads'), 'k_proj')(source)
@@ -148,7 +148,7 @@ class Perceiver(nn.Module):
         x = queries('latents', c.num_latents)
         for i in range(c.num_blocks):
             x = cross[i](x, context, mask)
-            for attend in own[i * c.num_self_attention:(i + 1) * c.num_self_attention]:
+            for attend in own[i * c.num_self_attention : (i + 1) * c.num_self_attention]:
                 x = attend(x, None, None)
         x = RMSNorm(_EPS, name='encoder_norm')(x)
         y = layer('decoder')(queries('output_queries', c.num_outputs), x, None)

@@ -20,6 +20,7 @@ def params_from_upstream(state: Mapping[str, np.ndarray], config: DocToLoraConfi
     Raises:
       KeyError: a tensor is missing.
     """
+
     def kernel(name):
         return {'kernel': np.asarray(state[name + '.weight']).T}
 
@@ -30,12 +31,20 @@ def params_from_upstream(state: Mapping[str, np.ndarray], config: DocToLoraConfi
         return {p: kernel(f'{prefix}.{p}') for p in ('gate_proj', 'up_proj', 'down_proj')}
 
     def attention_layer(prefix, has_context=True):
-        norms = ['input_latents_layernorm', 'post_attention_layernorm', 'pre_ff_layernorm',
-                 'post_ff_layernorm'] + ['input_context_layernorm'] * has_context
-        return {**{n: scale(f'{prefix}.{n}') for n in norms},
-                **{p: kernel(f'{prefix}.self_attn.{p}')
-                   for p in ('q_proj', 'k_proj', 'v_proj', 'o_proj')},
-                'mlp': swiglu(f'{prefix}.mlp')}
+        norms = [
+            'input_latents_layernorm',
+            'post_attention_layernorm',
+            'pre_ff_layernorm',
+            'post_ff_layernorm',
+        ] + ['input_context_layernorm'] * has_context
+        return {
+            **{n: scale(f'{prefix}.{n}') for n in norms},
+            **{
+                p: kernel(f'{prefix}.self_attn.{p}')
+                for p in ('q_proj', 'k_proj', 'v_proj', 'o_proj')
+            },
+            'mlp': swiglu(f'{prefix}.mlp'),
+        }
 
     root = 'aggregator.perceiver'
     perceiver = {
@@ -56,8 +65,10 @@ def params_from_upstream(state: Mapping[str, np.ndarray], config: DocToLoraConfi
         perceiver[f'self_{i}'] = attention_layer(f'{root}.encoder.layers.{index}', False)
 
     def norm(name):
-        return {'scale': np.asarray(state[name + '.weight']),
-                'bias': np.asarray(state[name + '.bias'])}
+        return {
+            'scale': np.asarray(state[name + '.weight']),
+            'bias': np.asarray(state[name + '.bias']),
+        }
 
     def linear(name):
         weight, bias = np.asarray(state[name + '.weight']), np.asarray(state[name + '.bias'])
@@ -69,8 +80,12 @@ def params_from_upstream(state: Mapping[str, np.ndarray], config: DocToLoraConfi
     container, slots = ('layers', '0134') if config.per_layer_processing else ('mlp', '0256')
     for i in range(config.num_pre_head_layers):
         parts = [f'layers.{i}.{container}.{slot}' for slot in slots]
-        params[f'pre_head_{i}'] = {'norm_in': norm(parts[0]), 'up': linear(parts[1]),
-                                   'down': linear(parts[2]), 'norm_out': norm(parts[3])}
+        params[f'pre_head_{i}'] = {
+            'norm_in': norm(parts[0]),
+            'up': linear(parts[1]),
+            'down': linear(parts[2]),
+            'norm_out': norm(parts[3]),
+        }
     head = np.asarray(state['head.weight'])
     params['head'] = head if head.ndim == 4 else head[:, None]
     for name, _, _ in config.dims:

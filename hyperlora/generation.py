@@ -20,9 +20,16 @@ from hyperlora.models.decoder import Decoder, init_cache
 
 
 @functools.partial(jax.jit, static_argnames=('decoder', 'max_new_tokens'))
-def greedy(decoder: Decoder, params: Any, prompts: jax.Array, lengths: jax.Array, eos_id: int,
-           max_new_tokens: int, lora: Lora | None = None, rank_weights: jax.Array | None = None
-           ) -> jax.Array:
+def greedy(
+    decoder: Decoder,
+    params: Any,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    eos_id: int,
+    max_new_tokens: int,
+    lora: Lora | None = None,
+    rank_weights: jax.Array | None = None,
+) -> jax.Array:
     """The most likely continuation of each prompt, token by token.
 
     Args:
@@ -36,8 +43,9 @@ def greedy(decoder: Decoder, params: Any, prompts: jax.Array, lengths: jax.Array
       `[b, max_new_tokens]` int32, `eos_id` from the end of each answer on.
     """
     batch, prompt_length = prompts.shape
-    apply = functools.partial(decoder.apply, {'params': params}, lora=lora,
-                              rank_weights=rank_weights)
+    apply = functools.partial(
+        decoder.apply, {'params': params}, lora=lora, rank_weights=rank_weights
+    )
 
     def choose(hidden):
         logits = decoder.apply({'params': params}, hidden, method='unembed')
@@ -74,8 +82,13 @@ def bucket(length: int, step: int = 32) -> int:
     return size
 
 
-def answer(base: BaseModel, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-           lora: Lora | None = None, rank_weights: np.ndarray | None = None) -> list[str]:
+def answer(
+    base: BaseModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    lora: Lora | None = None,
+    rank_weights: np.ndarray | None = None,
+) -> list[str]:
     """Greedy answers as text.
 
     Args:
@@ -90,13 +103,23 @@ def answer(base: BaseModel, prompts: Sequence[Sequence[int]], max_new_tokens: in
         raise UserError(
             f'a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the '
             f'window of {base.config.max_length} tokens of {base.name}; shorten the prompt, or '
-            'internalise the document instead (launch.adapt)')
+            'internalise the document instead (launch.adapt)'
+        )
     tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
-        row[:len(prompt)] = prompt
+        row[: len(prompt)] = prompt
     eos_id = base.tokenizer.eos_id
-    out = greedy(Decoder(base.config), base.params, tokens,
-                 np.asarray([len(p) for p in prompts], np.int32), eos_id, max_new_tokens, lora,
-                 None if rank_weights is None else jnp.asarray(rank_weights))
-    return [base.tokenizer.decode(row[:np.argmax(row == eos_id)] if eos_id in row else row)
-            for row in np.asarray(out)]
+    out = greedy(
+        Decoder(base.config),
+        base.params,
+        tokens,
+        np.asarray([len(p) for p in prompts], np.int32),
+        eos_id,
+        max_new_tokens,
+        lora,
+        None if rank_weights is None else jnp.asarray(rank_weights),
+    )
+    return [
+        base.tokenizer.decode(row[: np.argmax(row == eos_id)] if eos_id in row else row)
+        for row in np.asarray(out)
+    ]

@@ -41,12 +41,14 @@ class Hypernetwork:
     encode: Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
     example: dict[str, jax.Array]
 
-    def generate(self, params: Any, frozen: Any, context: dict[str, jax.Array],
-                 **kwargs) -> tuple[Lora, Lora | None]:
+    def generate(
+        self, params: Any, frozen: Any, context: dict[str, jax.Array], **kwargs
+    ) -> tuple[Lora, Lora | None]:
         """LoRAs of a context batch; differentiable in `params`."""
         features, mask = self.encode(frozen, context)
-        return self.module.apply({'params': params}, jax.lax.stop_gradient(features), mask,
-                                 **kwargs)
+        return self.module.apply(
+            {'params': params}, jax.lax.stop_gradient(features), mask, **kwargs
+        )
 
     def init(self, key: jax.Array, frozen: Any) -> Any:
         """Fresh parameters, boxed with their logical axis names."""

@@ -70,8 +70,14 @@ class Lora:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.pairs))
 
 
-def init(key: jax.Array, dims: Mapping[str, tuple[int, int]], layers: int, rank: int,
-         scaling: float = 1.0, rows: int = 1) -> Lora:
+def init(
+    key: jax.Array,
+    dims: Mapping[str, tuple[int, int]],
+    layers: int,
+    rank: int,
+    scaling: float = 1.0,
+    rows: int = 1,
+) -> Lora:
     """A fresh LoRA: A normal with deviation 1/sqrt(i), B zero, so it starts as the base model.
 
     Args:
@@ -80,15 +86,22 @@ def init(key: jax.Array, dims: Mapping[str, tuple[int, int]], layers: int, rank:
     """
     keys = jax.random.split(key, len(dims))
     pairs = {
-        name: LoraPair(jax.random.normal(k, (layers, rows, rank, i)) / i**0.5,
-                       jnp.zeros((layers, rows, rank, o)))
+        name: LoraPair(
+            jax.random.normal(k, (layers, rows, rank, i)) / i**0.5,
+            jnp.zeros((layers, rows, rank, o)),
+        )
         for k, (name, (i, o)) in zip(keys, sorted(dims.items()), strict=True)
     }
     return Lora(pairs, jnp.float32(scaling))
 
 
-def project(x: jax.Array, kernel: jax.Array, pair: LoraPair | None, scaling: jax.Array,
-            rank_weights: jax.Array | None = None) -> jax.Array:
+def project(
+    x: jax.Array,
+    kernel: jax.Array,
+    pair: LoraPair | None,
+    scaling: jax.Array,
+    rank_weights: jax.Array | None = None,
+) -> jax.Array:
     """`x @ kernel` plus the LoRA of each row.
 
     Args:
@@ -128,9 +141,12 @@ def concatenate(*loras: Lora) -> Lora:
     def stack(name: str) -> LoraPair:
         def widen(x):
             return jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:]))
+
         a = [widen(lora.pairs[name].a) for lora in loras]
-        b = [widen(lora.pairs[name].b * (lora.scaling / first.scaling if lora is not first else 1))
-             for lora in loras]
+        b = [
+            widen(lora.pairs[name].b * (lora.scaling / first.scaling if lora is not first else 1))
+            for lora in loras
+        ]
         return LoraPair(jnp.concatenate(a, 2), jnp.concatenate(b, 2))
 
     return Lora({name: stack(name) for name in first.pairs}, first.scaling)
@@ -138,14 +154,17 @@ def concatenate(*loras: Lora) -> Lora:
 
 def pack(lora: Lora, groups: int) -> Lora:
     """Rows into ranks: `[l, g * n, r, d]` -> `[l, g, n * r, d]`, n rows to each of g groups."""
+
     def merge_axes(x):
         layers, rows, rank, width = x.shape
         return x.reshape(layers, groups, rows // groups * rank, width)
+
     return lora.replace(pairs=jax.tree.map(merge_axes, lora.pairs))
 
 
-def compose(chunks: Lora, shared: Lora | None, groups: int, chunk_weights: jax.Array
-            ) -> tuple[Lora, jax.Array]:
+def compose(
+    chunks: Lora, shared: Lora | None, groups: int, chunk_weights: jax.Array
+) -> tuple[Lora, jax.Array]:
     """The LoRA of every group of contexts and the rank weights of every batch row.
 
     Args:
@@ -173,15 +192,19 @@ def scale(lora: Lora, factor: float | jax.Array) -> Lora:
 
 def fold(lora: Lora, rank_weights: jax.Array) -> Lora:
     """Multiplies rank weights `[g, r]` into B, so that the LoRA can be used without them."""
-    return lora.replace(pairs={
-        name: pair.replace(b=pair.b * rank_weights[None, :, :, None].astype(pair.b.dtype))
-        for name, pair in lora.pairs.items()})
+    return lora.replace(
+        pairs={
+            name: pair.replace(b=pair.b * rank_weights[None, :, :, None].astype(pair.b.dtype))
+            for name, pair in lora.pairs.items()
+        }
+    )
 
 
 def silent_rows(lora: Lora) -> np.ndarray:
     """`[g]` bool: rows whose B is zero everywhere, which leave the base model as it is."""
-    return ~np.any([np.asarray(jnp.any(pair.b != 0, axis=(0, 2, 3)))
-                    for pair in lora.pairs.values()], axis=0)
+    return ~np.any(
+        [np.asarray(jnp.any(pair.b != 0, axis=(0, 2, 3))) for pair in lora.pairs.values()], axis=0
+    )
 
 
 def compact(lora: Lora) -> Lora:
@@ -198,13 +221,14 @@ def compact(lora: Lora) -> Lora:
     def dense(pair: LoraPair) -> LoraPair:
         layers, rows, _, i = pair.a.shape
         o = pair.b.shape[-1]
-        delta = jnp.einsum('lgri,lgro->lgio', pair.a, pair.b,
-                           preferred_element_type=jnp.float32).astype(pair.a.dtype)
+        delta = jnp.einsum(
+            'lgri,lgro->lgio', pair.a, pair.b, preferred_element_type=jnp.float32
+        ).astype(pair.a.dtype)
         rank = min(i, o)
         eye = jnp.broadcast_to(jnp.eye(rank, dtype=delta.dtype), (layers, rows, rank, rank))
         a, b = (eye, delta) if i <= o else (delta.swapaxes(-1, -2), eye)
-        return LoraPair(*(jnp.pad(x, ((0, 0), (0, 0), (0, limit - rank), (0, 0)))
-                          for x in (a, b)))
+        return LoraPair(*(jnp.pad(x, ((0, 0), (0, 0), (0, limit - rank), (0, 0))) for x in (a, b)))
+
     return lora.replace(pairs={name: dense(pair) for name, pair in lora.pairs.items()})
 
 
@@ -232,8 +256,10 @@ def truncate(lora: Lora, rank: int) -> Lora:
 
     kept = {name: jax.jit(shorten)(pair) for name, pair in lora.pairs.items()}
     widest = max(pair.a.shape[2] for pair in kept.values())
+
     def pad(x):
         return jnp.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[2]), (0, 0)))
+
     return lora.replace(pairs=jax.tree.map(pad, kept))
 
 
@@ -253,8 +279,9 @@ def merge(params: Any, lora: Lora) -> Any:
     for name, pair in lora.pairs.items():
         group, module = MODULES[name]
         kernel = layers[group][module]['kernel']
-        delta = jnp.einsum('lri,lro->lio', pair.a[:, 0], pair.b[:, 0],
-                           preferred_element_type=jnp.float32)
+        delta = jnp.einsum(
+            'lri,lro->lio', pair.a[:, 0], pair.b[:, 0], preferred_element_type=jnp.float32
+        )
         merged = (kernel.astype(jnp.float32) + lora.scaling * delta).astype(kernel.dtype)
         layers[group] = {**layers[group], module: {'kernel': merged}}
     return {**params, 'layers': layers}
@@ -275,6 +302,7 @@ def save(lora: Lora, directory: str | pathlib.Path, base_name: str, fingerprint:
     into the metadata of the safetensors file. Nothing is left behind if writing fails.
     """
     from safetensors.numpy import save as serialise
+
     if lora.rows != 1:
         raise ValueError(f'only a LoRA of one row can be saved, not of {lora.rows}')
     directory = pathlib.Path(directory)
@@ -285,13 +313,22 @@ def save(lora: Lora, directory: str | pathlib.Path, base_name: str, fingerprint:
             tensors[_peft_key(name, layer, 'A')] = np.ascontiguousarray(a[layer])
             tensors[_peft_key(name, layer, 'B')] = np.ascontiguousarray(b[layer].T)
     config = {
-        'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base_name,
-        'r': lora.rank, 'lora_alpha': float(lora.scaling) * lora.rank, 'use_rslora': False,
-        'target_modules': sorted(lora.pairs), 'bias': 'none', 'lora_dropout': 0.0,
-        'fan_in_fan_out': False, 'inference_mode': True,
+        'peft_type': 'LORA',
+        'task_type': 'CAUSAL_LM',
+        'base_model_name_or_path': base_name,
+        'r': lora.rank,
+        'lora_alpha': float(lora.scaling) * lora.rank,
+        'use_rslora': False,
+        'target_modules': sorted(lora.pairs),
+        'bias': 'none',
+        'lora_dropout': 0.0,
+        'fan_in_fan_out': False,
+        'inference_mode': True,
     }
-    files = {'adapter_model.safetensors': serialise(tensors, {'base_fingerprint': fingerprint}),
-             'adapter_config.json': json.dumps(config, indent=2).encode()}
+    files = {
+        'adapter_model.safetensors': serialise(tensors, {'base_fingerprint': fingerprint}),
+        'adapter_config.json': json.dumps(config, indent=2).encode(),
+    }
     for name, content in files.items():
         partial = directory / (name + '.partial')
         partial.write_bytes(content)
@@ -309,6 +346,7 @@ def load(directory: str | pathlib.Path, fingerprint: str | None = None) -> Lora:
       UserError: a file is missing or damaged, or the adapter is for another base model.
     """
     from safetensors import SafetensorError, safe_open
+
     directory = pathlib.Path(directory)
     path = directory / 'adapter_model.safetensors'
     try:
@@ -320,17 +358,23 @@ def load(directory: str | pathlib.Path, fingerprint: str | None = None) -> Lora:
         pairs = {
             name: LoraPair(
                 jnp.stack([tensors[_peft_key(name, k, 'A')] for k in range(layers)])[:, None],
-                jnp.stack([tensors[_peft_key(name, k, 'B')].T for k in range(layers)])[:, None])
-            for name in config['target_modules']}
+                jnp.stack([tensors[_peft_key(name, k, 'B')].T for k in range(layers)])[:, None],
+            )
+            for name in config['target_modules']
+        }
         scaling = config['lora_alpha'] / config['r']
     except FileNotFoundError as e:
         name = pathlib.Path(e.filename or path).name  # safetensors does not tell the file's name
-        raise UserError(f'{directory} is not an adapter: {name} is missing; make one with '
-                        'launch.adapt') from e
+        raise UserError(
+            f'{directory} is not an adapter: {name} is missing; make one with launch.adapt'
+        ) from e
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError, ZeroDivisionError) as e:
-        raise UserError(f'the adapter in {directory} is damaged ({e}); make it again with '
-                        'launch.adapt') from e
+        raise UserError(
+            f'the adapter in {directory} is damaged ({e}); make it again with launch.adapt'
+        ) from e
     if fingerprint is not None and saved != fingerprint:
-        raise UserError(f'the adapter in {directory} was made for base model {saved}, '
-                        f'not {fingerprint}; load it with the base model it was made for')
+        raise UserError(
+            f'the adapter in {directory} was made for base model {saved}, '
+            f'not {fingerprint}; load it with the base model it was made for'
+        )
     return Lora(pairs, jnp.float32(scaling))

@@ -25,6 +25,7 @@ import flax.linen as nn
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
@@ -55,25 +56,49 @@ class TrainState:
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up, then cosine decay to `end_learning_rate` at the last step."""
-    return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, config.steps, config.end_learning_rate)
+    """Linear warm-up, then cosine decay from `learning_rate` to `end_learning_rate`.
+
+    At each of the steps `restarts` it begins again, both rates times a further `restart_factor`
+    (SGDR, arXiv 1608.03983); the last cycle ends at the last step.
+    """
+    bounds = (0, *config.restarts, config.steps)
+    cycles = []
+    for k, steps in enumerate(np.diff(bounds)):
+        factor, warmup = config.restart_factor**k, 0 if k else config.warmup_steps
+        cycles.append(
+            optax.warmup_cosine_decay_schedule(
+                0.0,
+                factor * config.learning_rate,
+                warmup,
+                int(steps),
+                factor * config.end_learning_rate,
+            )
+        )
+    return optax.join_schedules(cycles, config.restarts)
 
 
 def decayed(params: Any) -> Any:
     """True for the leaves that weight decay applies to: linear maps, not norms, biases, learned
     queries, scalers or the shared LoRA (as in the original)."""
+
     def is_linear(path, _):
         name = jax.tree_util.keystr(path, simple=True, separator='/')
         return re.search(r'(kernel|head)$', name) is not None
+
     return jax.tree_util.tree_map_with_path(is_linear, params)
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(learning_rate(config), b1=config.b1, b2=config.b2,
-                    weight_decay=config.weight_decay, mask=decayed))
+        optax.adamw(
+            learning_rate(config),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
 
 
 # ---------------------------------------------------------------------------------- one step
@@ -117,19 +142,25 @@ class Learner:
         query = batch['query']
         chunks, shared = self.hypernetwork.generate(params, frozen, batch['context'])
         adapter, rank_weights = lora.compose(chunks, shared, self.groups, query['chunk_weights'])
-        hidden = self.decoder.apply({'params': frozen}, query['tokens'], lora=adapter,
-                                    rank_weights=rank_weights).hidden
+        hidden = self.decoder.apply(
+            {'params': frozen}, query['tokens'], lora=adapter, rank_weights=rank_weights
+        ).hidden
         # Logits only where there is a label: vocabularies are large.
         hidden = jnp.take_along_axis(hidden, query['label_positions'][..., None], 1)
         logits = self.decoder.apply({'params': frozen}, hidden, method='unembed')
         weights = query['label_weights']
         total = (weights * self.objective(logits, query)).sum()
-        penalty = l1_of_generated(chunks, shared, batch['context']['mask'].any(-1),
-                                  weights.sum(), self.max_chunks)
+        penalty = l1_of_generated(
+            chunks, shared, batch['context']['mask'].any(-1), weights.sum(), self.max_chunks
+        )
         right = (logits.argmax(-1) == query['labels']) | (weights == 0)
-        sums = {'weight': weights.sum(), 'loss': total, 'l1': penalty,
-                'exact': right.all(-1).sum().astype(jnp.float32),
-                'queries': jnp.float32(right.shape[0])}
+        sums = {
+            'weight': weights.sum(),
+            'loss': total,
+            'l1': penalty,
+            'exact': right.all(-1).sum().astype(jnp.float32),
+            'queries': jnp.float32(right.shape[0]),
+        }
         return total + self.l1 * penalty, sums
 
     def step(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict]:
@@ -152,14 +183,18 @@ class Learner:
             (_, sums), grads = gradient(state.params, frozen, jax.tree.map(lambda x: x[0], batch))
         else:
             first = jax.tree.map(lambda x: x[0], batch)
-            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(
-                lambda: gradient(state.params, frozen, first)))
+            zeros = jax.tree.map(
+                jnp.zeros_like, jax.eval_shape(lambda: gradient(state.params, frozen, first))
+            )
             (grads, sums), _ = jax.lax.scan(accumulate, (zeros[1], zeros[0][1]), batch)
         grads = jax.tree.map(lambda g: g / sums['weight'], grads)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        metrics = {'loss': sums['loss'] / sums['weight'], 'l1': sums['l1'] / sums['weight'],
-                   'exact': sums['exact'] / sums['queries'],
-                   'grad_norm': optax.tree.norm(grads)}
+        metrics = {
+            'loss': sums['loss'] / sums['weight'],
+            'l1': sums['l1'] / sums['weight'],
+            'exact': sums['exact'] / sums['queries'],
+            'grad_norm': optax.tree.norm(grads),
+        }
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -176,12 +211,18 @@ def make_learner(config: ConfigDict, base: BaseModel, groups: int) -> Learner:
       UserError: unknown hypernetwork or objective.
     """
     if config.objective.name not in OBJECTIVES:
-        raise UserError(f'unknown objective {config.objective.name!r}; '
-                        f'known: {", ".join(OBJECTIVES)}')
-    return Learner(hypernetwork.build(config.hypernetwork, base.config),
-                   Decoder(base.config, remat=config.remat), OBJECTIVES[config.objective.name],
-                   config.objective.l1, config.objective.max_chunks, groups,
-                   make_optimizer(config.optimizer))
+        raise UserError(
+            f'unknown objective {config.objective.name!r}; known: {", ".join(OBJECTIVES)}'
+        )
+    return Learner(
+        hypernetwork.build(config.hypernetwork, base.config),
+        Decoder(base.config, remat=config.remat),
+        OBJECTIVES[config.objective.name],
+        config.objective.l1,
+        config.objective.max_chunks,
+        groups,
+        make_optimizer(config.optimizer),
+    )
 
 
 # ---------------------------------------------------------------------------------- the loop
@@ -202,26 +243,35 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     learner = make_learner(config, base, groups)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         # ---- state: abstract first, then shardings, then created where it lives
-        boxed = jax.eval_shape(lambda: learner.decoder.init(
-            jax.random.key(0), jnp.zeros((1, 8), jnp.int32), method='init_all'))['params']
+        boxed = jax.eval_shape(
+            lambda: learner.decoder.init(
+                jax.random.key(0), jnp.zeros((1, 8), jnp.int32), method='init_all'
+            )
+        )['params']
         frozen = jax.device_put(base.params, sharding.shardings(boxed, mesh))
         key = jax.random.key(config.seed)
 
         def init(frozen):
             return nn.unbox(learner.init(key, frozen))
+
         places = sharding.shardings(jax.eval_shape(learner.init, key, frozen), mesh)
         abstract = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            jax.eval_shape(init, frozen), places)
+            jax.eval_shape(init, frozen),
+            places,
+        )
 
         # ---- data, checkpoint, metrics
         batch_place = NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp')))
-        batches = iter(data.build(config.data, base.tokenizer, config.seed, groups,
-                                  config.accumulate).to_iter_dataset(
-            grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+        batches = iter(
+            data.build(
+                config.data, base.tokenizer, config.seed, groups, config.accumulate
+            ).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        )
         meta = {'base_fingerprint': base.fingerprint, 'config': config.to_dict()}
-        checkpointer = Checkpointer(f'{workdir}/checkpoints', config.checkpoint_every,
-                                    config.keep_checkpoints)
+        checkpointer = Checkpointer(
+            f'{workdir}/checkpoints', config.checkpoint_every, config.keep_checkpoints
+        )
         start = checkpointer.latest_step()
         if start is None:
             state = jax.jit(init, out_shardings=places)(frozen)
@@ -232,13 +282,17 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         start = start or 0
         writer = MetricWriter(workdir, start)
         count = sum(x.size for x in jax.tree.leaves(state.params))
-        print(f'{config.name}: {count / 1e6:.1f} M parameters train on {mesh.size} device(s), '
-              f'mesh {dict(mesh.shape)}', flush=True)
+        print(
+            f'{config.name}: {count / 1e6:.1f} M parameters train on {mesh.size} device(s), '
+            f'mesh {dict(mesh.shape)}',
+            flush=True,
+        )
 
         # ---- steps
         # The state keeps its places from step to step: a shape of batch is compiled once.
-        step_fn = jax.jit(learner.step, donate_argnums=0,
-                          out_shardings=(places, sharding.replicated(mesh)))
+        step_fn = jax.jit(
+            learner.step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh))
+        )
         last_step = config.optimizer.steps
         progress = Progress(last_step, start)
         stop = _StopOnSignal()
@@ -256,11 +310,15 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                     raise UserError(
                         f'loss is not finite at step {step} ({values}); the last checkpoint is '
                         f'of step {checkpointer.latest_step()}. Lower optimizer.learning_rate or '
-                        'clip_norm and start in a new workdir')
+                        'clip_norm and start in a new workdir'
+                    )
                 values['learning_rate'] = float(learning_rate(config.optimizer)(step - 1))
                 writer.write(step, {**values, **progress.rates()})
-                print(f'{progress.line(values["loss"])}  exact {values["exact"]:.2f}  '
-                      f'shapes compiled {step_fn._cache_size()}', flush=True)
+                print(
+                    f'{progress.line(values["loss"])}  exact {values["exact"]:.2f}  '
+                    f'shapes compiled {step_fn._cache_size()}',
+                    flush=True,
+                )
             if saving:
                 checkpointer.save(step, state, batches, meta, force=True)
             if stopping:

@@ -1,5 +1,6 @@
 """Training metrics: a JSONL file, TensorBoard scalars, and a progress line."""
 
+import collections
 import json
 import math
 import os
@@ -48,38 +49,36 @@ class MetricWriter:
 
 
 class Progress:
-    """Rate and remaining time of a run, counted from the end of its first step.
+    """Rate and remaining time of a run, over its latest steps (stages differ in cost).
 
-    The first step compiles, so including it would understate the rate for a long time.
+    Counted from the end of the first step, which compiles.
 
     Args:
       total_steps: the step at which the run ends.
       start_step: the step it starts from (0, or the step of the checkpoint).
+      window: over how many steps the rate is taken.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0):
+    def __init__(self, total_steps: int, start_step: int = 0, window: int = 50):
         self._total = total_steps
         self._step = start_step
-        self._first = self._start = None
-        self._examples = 0
+        self._ends = collections.deque(maxlen=window + 1)  # (step, examples so far, time)
 
     def update(self, step: int, examples: int):
         """Notes that `step` (the number of steps done) ended, having used `examples` examples."""
+        before = self._ends[-1][1] if self._ends else 0
         self._step = step
-        if self._start is None:
-            self._first, self._start = step, time.monotonic()
-        else:
-            self._examples += examples
+        self._ends.append((step, before + examples, time.monotonic()))
 
     def rates(self) -> dict[str, float]:
         """`steps_per_second` and `examples_per_second`; empty before the second step has ended."""
-        if self._start is None or self._step == self._first:
+        if len(self._ends) < 2:
             return {}
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        return {
-            'steps_per_second': (self._step - self._first) / seconds,
-            'examples_per_second': self._examples / seconds,
-        }
+        steps, examples, seconds = (
+            b - a for a, b in zip(self._ends[0], self._ends[-1], strict=True)
+        )
+        seconds = max(seconds, 1e-9)
+        return {'steps_per_second': steps / seconds, 'examples_per_second': examples / seconds}
 
     def line(self, loss: float) -> str:
         """One line of text: step, loss and, once known, rate and remaining time."""

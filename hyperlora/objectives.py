@@ -46,8 +46,13 @@ def top_k_distillation(logits: jax.Array, query: dict[str, jax.Array]) -> jax.Ar
 OBJECTIVES = {'cross_entropy': cross_entropy, 'top_k_distillation': top_k_distillation}
 
 
-def l1_of_generated(chunks: Lora, shared: Lora | None, chunk_mask: jax.Array,
-                    num_contexts: jax.Array | float, max_chunks: int) -> jax.Array:
+def l1_of_generated(
+    chunks: Lora,
+    shared: Lora | None,
+    chunk_mask: jax.Array,
+    num_contexts: jax.Array | float,
+    max_chunks: int,
+) -> jax.Array:
     """Mean absolute entry of A plus that of B, summed over contexts, averaged over modules.
 
     As in the original, the mean of a context runs over `max_chunks + 1` ranks blocks (the last is
@@ -63,6 +68,7 @@ def l1_of_generated(chunks: Lora, shared: Lora | None, chunk_mask: jax.Array,
     Returns:
       Scalar f32, a sum over contexts.
     """
+
     def factor(x, common):
         per_chunk = jnp.abs(x.astype(jnp.float32)).sum((0, 2, 3))
         total = (per_chunk * chunk_mask).sum()

@@ -52,8 +52,10 @@ def make_mesh(shape: Mapping[str, int]) -> jax.sharding.Mesh:
         sizes[sizes.index(-1)] = max(devices // known, 1)
     total = sizes[0] * sizes[1] * sizes[2]
     if total != devices:
-        raise UserError(f'mesh {dict(zip(AXES, sizes, strict=True))} has {total} places for '
-                        f'{devices} devices; set config.mesh')
+        raise UserError(
+            f'mesh {dict(zip(AXES, sizes, strict=True))} has {total} places for '
+            f'{devices} devices; set config.mesh'
+        )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 

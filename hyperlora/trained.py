@@ -55,14 +55,18 @@ def load(checkpoint: str, base: BaseModel | None = None) -> Trained:
     elif (folder / 'config.json').is_file():
         params, meta = checkpointing.load_export(folder)
     else:
-        raise UserError(f'unknown checkpoint {checkpoint!r}: neither shipped weights '
-                        f'({", ".join(names) or "none"}) nor a folder that holds a checkpoint')
+        raise UserError(
+            f'unknown checkpoint {checkpoint!r}: neither shipped weights '
+            f'({", ".join(names) or "none"}) nor a folder that holds a checkpoint'
+        )
     try:
         config, fingerprint = ConfigDict(meta['config']), meta['base_fingerprint']
         base = base or load_base(config.base, jnp.dtype(config.base_dtype))
         if fingerprint != base.fingerprint:
-            raise UserError(f'{folder} was trained for base model {fingerprint} '
-                            f'({config.base}), not for {base.fingerprint} ({base.name})')
+            raise UserError(
+                f'{folder} was trained for base model {fingerprint} '
+                f'({config.base}), not for {base.fingerprint} ({base.name})'
+            )
         built = hypernetwork.build(config.hypernetwork, base.config)
     except (KeyError, AttributeError, TypeError) as e:
         raise UserError(f'{folder}/config.json is not that of a hypernetwork ({e})') from e
@@ -75,11 +79,20 @@ def load(checkpoint: str, base: BaseModel | None = None) -> Trained:
 
 def _differences(expected: Any, found: Any) -> list[str]:
     """Names of missing, extra and misshapen leaves."""
+
     def flat(tree):
-        return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
-                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        return {
+            jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
     a, b = flat(expected), flat(found)
-    return ([f'{name} is missing' for name in sorted(a.keys() - b.keys())]
-            + [f'{name} is unknown' for name in sorted(b.keys() - a.keys())]
-            + [f'{name} is {b[name]}, not {a[name]}' for name in sorted(a.keys() & b.keys())
-               if a[name] != b[name]])
+    return (
+        [f'{name} is missing' for name in sorted(a.keys() - b.keys())]
+        + [f'{name} is unknown' for name in sorted(b.keys() - a.keys())]
+        + [
+            f'{name} is {b[name]}, not {a[name]}'
+            for name in sorted(a.keys() & b.keys())
+            if a[name] != b[name]
+        ]
+    )

@@ -25,6 +25,7 @@ def main(_):
     from d2l.internalize import Internalizer
     from hyperlora import lora as lora_lib
     from hyperlora import trained
+
     model = trained.load(_CHECKPOINT.value)
     tokens = model.base.tokenizer.encode(text)
     internalizer = Internalizer(model, _ITERATIVE.value)
@@ -32,8 +33,10 @@ def main(_):
     lora = jax.block_until_ready(internalizer(tokens))
     seconds = time.perf_counter() - start
     lora_lib.save(lora, output, model.base.name, model.base.fingerprint)
-    print(f'{len(tokens)} tokens in {len(internalizer.split(tokens))} chunks -> LoRA of rank '
-          f'{lora.rank}, {lora.nbytes} bytes, in {output}; {seconds:.1f} s with compilation')
+    print(
+        f'{len(tokens)} tokens in {len(internalizer.split(tokens))} chunks -> LoRA of rank '
+        f'{lora.rank}, {lora.nbytes} bytes, in {output}; {seconds:.1f} s with compilation'
+    )
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Asks the base model a question with an adapter from launch.adapt; prints the answer.
 
-    python -m launch.ask --adapter=DIR --question=TEXT [--max_new_tokens=64]
+python -m launch.ask --adapter=DIR --question=TEXT [--max_new_tokens=64]
 """
 
 import json
@@ -26,8 +26,10 @@ def base_name(adapter: pathlib.Path) -> str:
     try:
         return json.loads(path.read_text(encoding='utf-8'))['base_model_name_or_path']
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f'{adapter} is not an adapter: cannot read its base model from {path.name} '
-                        f'({e!r}); make one with launch.adapt') from e
+        raise UserError(
+            f'{adapter} is not an adapter: cannot read its base model from {path.name} '
+            f'({e!r}); make one with launch.adapt'
+        ) from e
 
 
 def main(_):
@@ -36,6 +38,7 @@ def main(_):
     from hyperlora import generation
     from hyperlora import lora as lora_lib
     from hyperlora.models.base import load_base
+
     base = load_base(name)
     lora = lora_lib.load(adapter, base.fingerprint)
     prompt = base.tokenizer.prompt(_QUESTION.value)

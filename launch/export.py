@@ -18,6 +18,7 @@ def main(_):
     import pathlib
 
     from hyperlora import checkpointing
+
     params, meta = checkpointing.load_params(pathlib.Path(_WORKDIR.value).resolve() / 'checkpoints')
     kept = {key: meta[key] for key in ('config', 'base_fingerprint', 'step')}
     checkpointing.export(_OUTPUT.value, params, kept)

@@ -19,6 +19,7 @@ flags.mark_flags_as_required(['config', 'workdir'])
 def main(_):
     workdir = cli.writable_directory(_WORKDIR.value).resolve()
     from hyperlora import meta_learning
+
     meta_learning.train(_CONFIG.value, str(workdir))
 
 

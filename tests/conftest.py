@@ -10,8 +10,9 @@ import os
 import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR',
-                      str(pathlib.Path('~/.cache/hyperlora/jax-tests').expanduser()))
+os.environ.setdefault(
+    'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path('~/.cache/hyperlora/jax-tests').expanduser())
+)
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 import flax.linen as nn
@@ -27,9 +28,19 @@ from hyperlora.models.decoder import Decoder
 from hyperlora.models.families import DecoderConfig
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
-TINY = DecoderConfig(vocab_size=128, num_layers=3, width=32, mlp_width=48, num_heads=4,
-                     num_kv_heads=2, head_dim=8, rope_theta=10000.0, norm_eps=1e-5,
-                     max_length=256, tie_embeddings=True)
+TINY = DecoderConfig(
+    vocab_size=128,
+    num_layers=3,
+    width=32,
+    mlp_width=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    max_length=256,
+    tie_embeddings=True,
+)
 
 
 class CharTokenizer:
@@ -49,8 +60,10 @@ class CharTokenizer:
     @functools.cached_property
     def boundaries(self):
         texts = [chr(i) for i in range(TINY.vocab_size)]
-        return (np.array([text in '.!?\n' for text in texts]),
-                np.array([text.isspace() for text in texts]))
+        return (
+            np.array([text in '.!?\n' for text in texts]),
+            np.array([text.isspace() for text in texts]),
+        )
 
 
 @functools.cache
@@ -66,10 +79,14 @@ def tiny_training():
     """Six steps of the smallest training, for `tiny_base`; a checkpoint at every second step."""
     config = d2l_niah.get_config('tiny')
     config.base = 'tiny'
-    stages = [stage.to_dict() if hasattr(stage, 'to_dict') else dict(stage)
-              for stage in config.data.stages]
-    config.data.stages = [{**stage, 'question': 'Number?', 'chunk_length': 40 * (i + 1)}
-                          for i, stage in enumerate(stages)]
+    stages = [
+        stage.to_dict() if hasattr(stage, 'to_dict') else dict(stage)
+        for stage in config.data.stages
+    ]
+    config.data.stages = [
+        {**stage, 'question': 'Number?', 'chunk_length': 40 * (i + 1)}
+        for i, stage in enumerate(stages)
+    ]
     return config
 
 

@@ -42,16 +42,20 @@ def untrained(base):
     built = hypernetwork.build(config.hypernetwork, base.config)
     params = jax.jit(lambda frozen: nn.unbox(built.init(jax.random.key(0), frozen)))(base.params)
     rng = np.random.default_rng(0)
-    return config, jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
-                                params)
+    return config, jax.tree.map(
+        lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params
+    )
 
 
 @pytest.fixture(scope='module')
 def checkpoint(base, untrained, tmp_path_factory):
     config, params = untrained
     folder = tmp_path_factory.mktemp('checkpoint') / 'tiny'
-    checkpointing.export(folder, params, {'config': config.to_dict(),
-                                          'base_fingerprint': base.fingerprint, 'step': 0})
+    checkpointing.export(
+        folder,
+        params,
+        {'config': config.to_dict(), 'base_fingerprint': base.fingerprint, 'step': 0},
+    )
     return folder
 
 
@@ -76,13 +80,15 @@ def execute(name, run_name='__main__'):
 @pytest.fixture
 def command(monkeypatch, capsys):
     def run(name, **settings):
-        settings = [f'--{key.replace("config_", "config.")}={value}'
-                    for key, value in settings.items()]
+        settings = [
+            f'--{key.replace("config_", "config.")}={value}' for key, value in settings.items()
+        ]
         monkeypatch.setattr(sys, 'argv', [name, *settings])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             execute(name)
         return stop.value.code or 0, *capsys.readouterr()
+
     return run
 
 
@@ -105,8 +111,11 @@ def test_adapt_and_ask(command, checkpoint, document, base, tmp_path):
     expected = Internalizer(trained.load(str(checkpoint), base))(tokens)
     assert f'{len(tokens)} tokens' in out and f'{expected.nbytes} bytes' in out
     saved = lora.load(adapter, base.fingerprint)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-                 saved.pairs, expected.pairs)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        saved.pairs,
+        expected.pairs,
+    )
 
     code, out, err = command('ask', adapter=adapter, question='Who?', max_new_tokens=6)
     assert code == 0, err
@@ -115,8 +124,11 @@ def test_adapt_and_ask(command, checkpoint, document, base, tmp_path):
     assert out != generation.answer(base, [prompt], 6)[0] + '\n'
 
     command('adapt', checkpoint=checkpoint, document=document, output=adapter, iterative=True)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4),
-                 lora.load(adapter).pairs, expected.pairs)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4),
+        lora.load(adapter).pairs,
+        expected.pairs,
+    )
 
 
 def test_export_of_a_training(command, untrained, base, tmp_path):
@@ -134,8 +146,9 @@ def test_export_of_a_training(command, untrained, base, tmp_path):
     for folder in ('run', 'shipped'):
         model = trained.load(str(tmp_path / folder), base)
         assert model.config.to_dict() == json.loads(json.dumps(config.to_dict()))
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, 10 * y, rtol=1e-2),
-                     model.params, params)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, 10 * y, rtol=1e-2), model.params, params
+        )
 
 
 def test_quickstart_compares_three_ways(checkpoint, base, capsys):
@@ -153,19 +166,22 @@ def test_quickstart_compares_three_ways(checkpoint, base, capsys):
 # ----------------------------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize(('content', 'part'), [
-    (None, 'No such file'), (b' \n', 'empty'), (b'caf\xe9', 'UTF-8')])
+@pytest.mark.parametrize(
+    ('content', 'part'), [(None, 'No such file'), (b' \n', 'empty'), (b'caf\xe9', 'UTF-8')]
+)
 def test_bad_documents(command, checkpoint, tmp_path, content, part):
     path = tmp_path / 'bad.txt'
     if content is not None:
         path.write_bytes(content)
-    assert_mistake(command('adapt', checkpoint=checkpoint, document=path, output=tmp_path / 'out'),
-                   part)
+    assert_mistake(
+        command('adapt', checkpoint=checkpoint, document=path, output=tmp_path / 'out'), part
+    )
 
 
 @pytest.fixture
 def damaged(checkpoint, tmp_path):
     """Copies of the checkpoint that cannot be loaded."""
+
     def damage(how):
         folder = tmp_path / 'damaged'
         if how == 'unknown':
@@ -176,38 +192,60 @@ def damaged(checkpoint, tmp_path):
             path.write_bytes(path.read_bytes()[:-100])
         else:
             path = folder / 'config.json'
-            path.write_text(re.sub(r'"base_fingerprint": "\w+"', '"base_fingerprint": "beef"',
-                                   path.read_text()))
+            path.write_text(
+                re.sub(r'"base_fingerprint": "\w+"', '"base_fingerprint": "beef"', path.read_text())
+            )
         return folder
+
     return damage
 
 
-@pytest.mark.parametrize(('how', 'part'), [
-    ('unknown', 'no-such-weights'), ('truncated', 'params.safetensors'), ('foreign', 'beef')])
+@pytest.mark.parametrize(
+    ('how', 'part'),
+    [('unknown', 'no-such-weights'), ('truncated', 'params.safetensors'), ('foreign', 'beef')],
+)
 def test_bad_checkpoints(command, damaged, document, tmp_path, how, part):
-    assert_mistake(command('adapt', checkpoint=damaged(how), document=document,
-                           output=tmp_path / 'out'), part)
+    assert_mistake(
+        command('adapt', checkpoint=damaged(how), document=document, output=tmp_path / 'out'), part
+    )
 
 
 def test_outputs_in_the_way(command, checkpoint, document):
-    assert_mistake(command('adapt', checkpoint=checkpoint, document=document, output=document),
-                   'not a writable directory')
-    assert_mistake(command('evaluate', config='configs/eval_niah.py', checkpoint=checkpoint,
-                           workdir=document), 'not a writable directory')
+    assert_mistake(
+        command('adapt', checkpoint=checkpoint, document=document, output=document),
+        'not a writable directory',
+    )
+    assert_mistake(
+        command('evaluate', config='configs/eval_niah.py', checkpoint=checkpoint, workdir=document),
+        'not a writable directory',
+    )
 
 
 def test_other_mistakes(command, document, tmp_path):
     for half in ({'document': document}, {'question': 'Who?'}):
         assert_mistake(command('quickstart', **half), '--document', '--question')
     assert_mistake(command('ask', adapter=tmp_path, question='Who?'), 'adapter_config.json')
-    assert_mistake(command('export', workdir=tmp_path, output=tmp_path / 'out'),
-                   'no complete checkpoint')
-    assert_mistake(command('evaluate', config='configs/d2l_niah.py:tiny', workdir=tmp_path),
-                   "'d2l_niah'", 'eval_niah')
-    assert_mistake(command('evaluate', config='configs/eval_niah.py', workdir=tmp_path,
-                           config_lengths='64,0'), 'lengths')
-    assert_mistake(command('evaluate', config='configs/eval_niah.py', workdir=tmp_path,
-                           config_baseline_examples=101), 'baseline_examples')
+    assert_mistake(
+        command('export', workdir=tmp_path, output=tmp_path / 'out'), 'no complete checkpoint'
+    )
+    assert_mistake(
+        command('evaluate', config='configs/d2l_niah.py:tiny', workdir=tmp_path),
+        "'d2l_niah'",
+        'eval_niah',
+    )
+    assert_mistake(
+        command('evaluate', config='configs/eval_niah.py', workdir=tmp_path, config_lengths='64,0'),
+        'lengths',
+    )
+    assert_mistake(
+        command(
+            'evaluate',
+            config='configs/eval_niah.py',
+            workdir=tmp_path,
+            config_baseline_examples=101,
+        ),
+        'baseline_examples',
+    )
 
 
 # --------------------------------------------------------------------------------- evaluation
@@ -215,8 +253,15 @@ def test_other_mistakes(command, document, tmp_path):
 
 def test_evaluate_equals_a_direct_computation(command, checkpoint, base, tmp_path):
     code, out, err = command(
-        'evaluate', config='configs/eval_niah.py', checkpoint=checkpoint, workdir=tmp_path,
-        config_lengths='64,128', config_examples=2, config_baseline_examples=2, config_seed=7)
+        'evaluate',
+        config='configs/eval_niah.py',
+        checkpoint=checkpoint,
+        workdir=tmp_path,
+        config_lengths='64,128',
+        config_examples=2,
+        config_baseline_examples=2,
+        config_seed=7,
+    )
     assert code == 0, err
     assert [line.split(':')[0] for line in out.splitlines()] == ['64 tokens', '128 tokens']
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
@@ -227,16 +272,21 @@ def test_evaluate_equals_a_direct_computation(command, checkpoint, base, tmp_pat
         right = {'d2l': [], 'no_document': [], 'in_context': []}
         for i in range(2):
             rng = np.random.default_rng((7, length, i))
-            number, = random_numbers(rng, 1)
-            tokens = Writer(base.tokenizer).write(
-                rng, haystacks.grass, length, NEEDLE.format(number), float(i)).tokens
+            (number,) = random_numbers(rng, 1)
+            tokens = (
+                Writer(base.tokenizer)
+                .write(rng, haystacks.grass, length, NEEDLE.format(number), float(i))
+                .tokens
+            )
             text = base.tokenizer.decode(tokens)
             assert text.endswith(number + '.') if i else text.startswith(NEEDLE.format(number))
             adapter = internalizer(tokens)
             full = base.tokenizer.prompt(f'{text}\n\n{QUESTION}')
-            for method, prompt, used in (('d2l', question, adapter),
-                                         ('no_document', question, None),
-                                         ('in_context', full, None)):
+            for method, prompt, used in (
+                ('d2l', question, adapter),
+                ('no_document', question, None),
+                ('in_context', full, None),
+            ):
                 answer = generation.answer(base, [prompt], 8, used)[0]
                 right[method].append(answer.strip() == number)
         assert metrics['exact_match'][str(length)] == {m: np.mean(r) for m, r in right.items()}
@@ -244,7 +294,8 @@ def test_evaluate_equals_a_direct_computation(command, checkpoint, base, tmp_pat
         assert metrics['seconds'][str(length)].keys() == right.keys()
         assert metrics['depth'][str(length)] == {
             '0.0-0.1': {'exact_match': right['d2l'][0], 'n': 1},
-            '0.9-1.0': {'exact_match': right['d2l'][1], 'n': 1}}
+            '0.9-1.0': {'exact_match': right['d2l'][1], 'n': 1},
+        }
     for name in ('niah_depth.png', 'niah_length.png'):
         assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
 
@@ -262,16 +313,25 @@ def test_an_interrupted_evaluation_continues(command, checkpoint, base, tmp_path
             calls.append(len(questions))
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            numbers = [re.search(r'magic number is (\d+)', base.tokenizer.decode(q.document))[1]
-                       for q in questions]
+            numbers = [
+                re.search(r'magic number is (\d+)', base.tokenizer.decode(q.document))[1]
+                for q in questions
+            ]
             return [f' {n} ' if i < 10 else n + '!' for i, n in enumerate(numbers)]
 
     monkeypatch.setattr(evaluation, 'Answerer', Reader)
 
     def run(**extra):
-        return command('evaluate', config='configs/eval_niah.py', checkpoint=checkpoint,
-                       workdir=tmp_path, config_examples=20, config_baseline_examples=0,
-                       config_haystack='varied', **{'config_lengths': '(64,128)', **extra})
+        return command(
+            'evaluate',
+            config='configs/eval_niah.py',
+            checkpoint=checkpoint,
+            workdir=tmp_path,
+            config_examples=20,
+            config_baseline_examples=0,
+            config_haystack='varied',
+            **{'config_lengths': '(64,128)', **extra},
+        )
 
     assert run()[0] == 130
     assert list(json.loads((tmp_path / 'metrics.json').read_text())['exact_match']) == ['64']
@@ -281,7 +341,8 @@ def test_an_interrupted_evaluation_continues(command, checkpoint, base, tmp_path
     assert metrics['exact_match']['128'] == {'d2l': 0.5, 'no_document': 0.0}
     by_depth = metrics['depth']['128']
     assert [by_depth[k] for k in sorted(by_depth)] == (
-        [{'exact_match': 1.0, 'n': 2}] * 5 + [{'exact_match': 0.0, 'n': 2}] * 5)
+        [{'exact_match': 1.0, 'n': 2}] * 5 + [{'exact_match': 0.0, 'n': 2}] * 5
+    )
     assert (tmp_path / 'niah_length.png').exists()
     assert_mistake(run(config_seed=8), 'seed: 1000003 -> 8')
 

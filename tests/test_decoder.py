@@ -35,28 +35,32 @@ def step_by_step(base, prompt, count, adapter=None):
     width = len(prompt) + count
     for _ in range(count):
         padded = np.zeros((1, width), np.int32)
-        padded[0, :len(tokens)] = tokens
-        token = int(next_token(Decoder(base.config), base.params, padded, len(tokens) - 1,
-                               adapter)[0])
+        padded[0, : len(tokens)] = tokens
+        token = int(
+            next_token(Decoder(base.config), base.params, padded, len(tokens) - 1, adapter)[0]
+        )
         tokens.append(token)
         if token == base.tokenizer.eos_id:
             break
-    return tokens[len(prompt):]
+    return tokens[len(prompt) :]
 
 
 def random_lora(config, rows, rank=3, scaling=0.1, seed=0):
     dims = {name: (i, o) for name, i, o in module_dims(config, lora.MODULES)}
     adapter = lora.init(jax.random.key(seed), dims, config.num_layers, rank, scaling, rows)
     keys = iter(jax.random.split(jax.random.key(seed + 1), len(dims)))
-    return adapter.replace(pairs={
-        name: pair.replace(b=jax.random.normal(next(keys), pair.b.shape))
-        for name, pair in adapter.pairs.items()})
+    return adapter.replace(
+        pairs={
+            name: pair.replace(b=jax.random.normal(next(keys), pair.b.shape))
+            for name, pair in adapter.pairs.items()
+        }
+    )
 
 
 def padded(prompts):
     tokens = np.full((len(prompts), max(map(len, prompts))), 7, np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
-        row[:len(prompt)] = prompt
+        row[: len(prompt)] = prompt
     return tokens, np.asarray([len(p) for p in prompts], np.int32)
 
 
@@ -72,11 +76,12 @@ def test_smollm2_in_a_batch_answers_as_step_by_step(smollm2):
     encode = smollm2.tokenizer.encode
     prompts = [encode('The first three letters are A, B and'), encode('One, two, three,')]
     tokens, lengths = padded(prompts)
-    out = generation.greedy(Decoder(smollm2.config), smollm2.params, tokens, lengths,
-                            smollm2.tokenizer.eos_id, 6)
+    out = generation.greedy(
+        Decoder(smollm2.config), smollm2.params, tokens, lengths, smollm2.tokenizer.eos_id, 6
+    )
     for prompt, row in zip(prompts, np.asarray(out), strict=True):
         wanted = step_by_step(smollm2, prompt, 6)
-        assert row[:len(wanted)].tolist() == wanted
+        assert row[: len(wanted)].tolist() == wanted
 
 
 @pytest.mark.parametrize('rows', [0, 1, 4])
@@ -85,12 +90,18 @@ def test_cached_generation_is_step_by_step(tiny, rows):
     prompts = [rng.integers(4, 128, n).tolist() for n in (5, 12, 1, 9)]
     tokens, lengths = padded(prompts)
     adapter = random_lora(tiny.config, rows) if rows else None
-    out = np.asarray(generation.greedy(Decoder(tiny.config), tiny.params, tokens, lengths,
-                                       tiny.tokenizer.eos_id, 10, adapter))
+    out = np.asarray(
+        generation.greedy(
+            Decoder(tiny.config), tiny.params, tokens, lengths, tiny.tokenizer.eos_id, 10, adapter
+        )
+    )
     assert len({tuple(row) for row in out.tolist()}) == 4
     for i, (prompt, row) in enumerate(zip(prompts, out.tolist(), strict=True)):
-        own = adapter and adapter.replace(pairs=jax.tree.map(
-            lambda x, i=i: x[:, i * rows // 4:i * rows // 4 + 1], adapter.pairs))
+        own = adapter and adapter.replace(
+            pairs=jax.tree.map(
+                lambda x, i=i: x[:, i * rows // 4 : i * rows // 4 + 1], adapter.pairs
+            )
+        )
         wanted = step_by_step(tiny, prompt, 10, own)
         assert row == wanted + [tiny.tokenizer.eos_id] * (10 - len(wanted))
 
@@ -100,10 +111,13 @@ def test_rank_weights_reach_generated_tokens(tiny):
     adapter, weights = lora.compose(chunks, None, 1, jnp.eye(2))
     prompt = TOKENS[0, :6].tolist()
     tokens, lengths = padded([prompt, prompt])
-    out = np.asarray(generation.greedy(Decoder(tiny.config), tiny.params, tokens, lengths, -1, 10,
-                                       adapter, weights))
+    out = np.asarray(
+        generation.greedy(
+            Decoder(tiny.config), tiny.params, tokens, lengths, -1, 10, adapter, weights
+        )
+    )
     for i in range(2):
-        own = chunks.replace(pairs=jax.tree.map(lambda x, i=i: x[:, i:i + 1], chunks.pairs))
+        own = chunks.replace(pairs=jax.tree.map(lambda x, i=i: x[:, i : i + 1], chunks.pairs))
         assert out[i].tolist() == step_by_step(tiny, prompt, 10, own)
     assert out[0].tolist() != out[1].tolist()
 
@@ -111,9 +125,12 @@ def test_rank_weights_reach_generated_tokens(tiny):
 def test_generation_stops_at_the_end_of_an_answer(tiny):
     """With the third token as the end, the row ends there, and an unfinished row goes on."""
     tokens, lengths = padded([TOKENS[0, :6].tolist(), TOKENS[1, :9].tolist()])
+
     def generate(eos_id):
-        return np.asarray(generation.greedy(Decoder(tiny.config), tiny.params, tokens, lengths,
-                                            eos_id, 12)).tolist()
+        return np.asarray(
+            generation.greedy(Decoder(tiny.config), tiny.params, tokens, lengths, eos_id, 12)
+        ).tolist()
+
     free = generate(-1)
     eos_id = free[0][2]
     for row, unbounded in zip(generate(eos_id), free, strict=True):
@@ -133,10 +150,14 @@ def test_padding_changes_nothing(tiny):
     decoder = Decoder(tiny.config)
     short = np.array(TOKENS)
     short[:, 15:] = 0
-    np.testing.assert_allclose(run(decoder, tiny.params, short)[:, :15],
-                               run(decoder, tiny.params, TOKENS[:, :15]), atol=1e-5)
-    np.testing.assert_array_equal(run(decoder, tiny.params, short)[:, :15],
-                                  run(decoder, tiny.params, TOKENS)[:, :15])
+    np.testing.assert_allclose(
+        run(decoder, tiny.params, short)[:, :15],
+        run(decoder, tiny.params, TOKENS[:, :15]),
+        atol=1e-5,
+    )
+    np.testing.assert_array_equal(
+        run(decoder, tiny.params, short)[:, :15], run(decoder, tiny.params, TOKENS)[:, :15]
+    )
 
 
 def test_packed_rows_are_separate_rows(tiny):
@@ -156,8 +177,9 @@ def test_order_of_tokens_matters(tiny):
     """Rotary positions are relative: a shift of all changes nothing, a swap does."""
     decoder, positions = Decoder(tiny.config), np.tile(np.arange(24), (3, 1))
     base = run(decoder, tiny.params, TOKENS)
-    np.testing.assert_allclose(run(decoder, tiny.params, TOKENS, positions=positions + 40), base,
-                               atol=5e-5)
+    np.testing.assert_allclose(
+        run(decoder, tiny.params, TOKENS, positions=positions + 40), base, atol=5e-5
+    )
     assert np.abs(run(decoder, tiny.params, TOKENS, positions=positions * 3) - base).max() > 0.01
 
 
@@ -183,16 +205,23 @@ def test_remat_changes_no_gradient(tiny):
 
     def gradient(remat):
         def loss(pairs):
-            hidden = Decoder(tiny.config, remat=remat).apply(
-                {'params': tiny.params}, TOKENS, lora=adapter.replace(pairs=pairs)).hidden
+            hidden = (
+                Decoder(tiny.config, remat=remat)
+                .apply({'params': tiny.params}, TOKENS, lora=adapter.replace(pairs=pairs))
+                .hidden
+            )
             return (hidden[..., 0] ** 2).sum()
+
         return jax.jit(jax.grad(loss))(adapter.pairs)
 
     kept = gradient('none')
     assert all(np.abs(x).max() > 1e-2 for x in jax.tree.leaves(kept))
     for remat in set(decoder_lib.REMAT_POLICIES) - {'none'}:
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(
-            x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max()), gradient(remat), kept)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max()),
+            gradient(remat),
+            kept,
+        )
 
 
 def test_bfloat16_stays_bfloat16_and_close(tiny):
@@ -215,11 +244,11 @@ def test_block_inputs_are_outputs_of_the_layers_before(tiny):
     out = decoder.apply({'params': tiny.params}, TOKENS, return_block_inputs=True)
     assert out.block_inputs.shape == (3, 3, 24, 32)
     assert decoder.apply({'params': tiny.params}, TOKENS).block_inputs is None
-    np.testing.assert_array_equal(out.block_inputs[0],
-                                  tiny.params['embedder']['embedding'][TOKENS])
+    np.testing.assert_array_equal(out.block_inputs[0], tiny.params['embedder']['embedding'][TOKENS])
     scale = tiny.params['final_norm']['scale']
     x = out.block_inputs[2]
     normed = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + TINY.norm_eps) * scale
     shallow = Decoder(dataclasses.replace(TINY, num_layers=2))
-    np.testing.assert_allclose(run(shallow, first_layers(tiny.params, 2), TOKENS), normed,
-                               atol=1e-5)
+    np.testing.assert_allclose(
+        run(shallow, first_layers(tiny.params, 2), TOKENS), normed, atol=1e-5
+    )

@@ -20,18 +20,32 @@ DIMS = {'down_proj': (12, 6), 'q_proj': (6, 8)}
 
 def random_lora(seed, rows=1, rank=2, dims=DIMS, layers=3, scaling=0.7):
     rng = np.random.default_rng(seed)
+
     def draw(*shape):
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    return Lora({name: LoraPair(draw(layers, rows, rank, i), draw(layers, rows, rank, o))
-                 for name, (i, o) in dims.items()}, jnp.float32(scaling))
+
+    return Lora(
+        {
+            name: LoraPair(draw(layers, rows, rank, i), draw(layers, rows, rank, o))
+            for name, (i, o) in dims.items()
+        },
+        jnp.float32(scaling),
+    )
 
 
 def dense(lora, row=0, rank_weights=None):
     """Module -> delta `[l, i, o]` of one row, in float64."""
     weights = np.ones(lora.rank) if rank_weights is None else np.asarray(rank_weights, np.float64)
-    return {name: float(lora.scaling) * np.einsum(
-        'lri,r,lro->lio', np.asarray(pair.a[:, row], np.float64), weights,
-        np.asarray(pair.b[:, row], np.float64)) for name, pair in lora.pairs.items()}
+    return {
+        name: float(lora.scaling)
+        * np.einsum(
+            'lri,r,lro->lio',
+            np.asarray(pair.a[:, row], np.float64),
+            weights,
+            np.asarray(pair.b[:, row], np.float64),
+        )
+        for name, pair in lora.pairs.items()
+    }
 
 
 def assert_same_delta(ours, wanted, **tolerance):
@@ -83,8 +97,13 @@ def test_project_adds_the_delta_of_each_row():
     rng = np.random.default_rng(1)
     x, kernel = rng.standard_normal((4, 5, 12)), rng.standard_normal((12, 6))
     weights = rng.standard_normal((4, 3))
-    out = lora_lib.project(jnp.float32(x), jnp.float32(kernel), layer(lora, 'down_proj'),
-                           lora.scaling, jnp.float32(weights))
+    out = lora_lib.project(
+        jnp.float32(x),
+        jnp.float32(kernel),
+        layer(lora, 'down_proj'),
+        lora.scaling,
+        jnp.float32(weights),
+    )
     for i in range(4):  # two consecutive rows share one LoRA row
         delta = dense(lora, i // 2, weights[i])['down_proj'][0]
         np.testing.assert_allclose(out[i], x[i] @ (kernel + delta), atol=2e-5)
@@ -99,9 +118,10 @@ def test_rank_weights_per_token():
     pair = layer(lora, 'down_proj')
     packed = lora_lib.project(x, kernel, pair, lora.scaling, weights)
     for token in range(4):
-        alone = lora_lib.project(x[:, token:token + 1], kernel, pair, lora.scaling,
-                                 weights[:, token])
-        np.testing.assert_allclose(packed[:, token:token + 1], alone, atol=1e-5)
+        alone = lora_lib.project(
+            x[:, token : token + 1], kernel, pair, lora.scaling, weights[:, token]
+        )
+        np.testing.assert_allclose(packed[:, token : token + 1], alone, atol=1e-5)
 
 
 def test_merged_is_applied(tiny):
@@ -126,9 +146,10 @@ def test_merging_leaves_the_given_parameters_alone(tiny):
 def test_a_chunk_counted_k_times_is_k_copies():
     chunks, shared = random_lora(0, rows=2), random_lora(1)
     counted, weights = lora_lib.compose(chunks, shared, 1, jnp.asarray([[3.0, 1.0]]))
-    one, other = (jax.tree.map(lambda x, k=k: x[:, k:k + 1], chunks.pairs) for k in (0, 1))
+    one, other = (jax.tree.map(lambda x, k=k: x[:, k : k + 1], chunks.pairs) for k in (0, 1))
     copies = lora_lib.concatenate(
-        *(Lora(pairs, chunks.scaling) for pairs in (one, one, one, other)), shared)
+        *(Lora(pairs, chunks.scaling) for pairs in (one, one, one, other)), shared
+    )
     assert copies.rank == 10 and counted.rank == 6
     assert_same_delta(dense(counted, rank_weights=weights[0]), dense(copies))
 
@@ -157,11 +178,12 @@ def test_groups_are_the_same_as_each_row_alone(tiny, with_shared):
     assert lora.rows == 2 and lora.rank == 4 + 2 * with_shared
     grouped = hidden(tiny, TOKENS, lora=lora, rank_weights=weights)
     for row in range(4):
-        mine = jax.tree.map(lambda x, g=row // 2: x[:, 2 * g:2 * g + 2], chunks.pairs)
-        alone, weight = lora_lib.compose(Lora(mine, chunks.scaling), shared, 1,
-                                         owners[row:row + 1])
-        wanted = hidden(tiny, TOKENS[row:row + 1], merged_alone(tiny, alone, weight))
-        np.testing.assert_allclose(grouped[row:row + 1], wanted, atol=3e-5)
+        mine = jax.tree.map(lambda x, g=row // 2: x[:, 2 * g : 2 * g + 2], chunks.pairs)
+        alone, weight = lora_lib.compose(
+            Lora(mine, chunks.scaling), shared, 1, owners[row : row + 1]
+        )
+        wanted = hidden(tiny, TOKENS[row : row + 1], merged_alone(tiny, alone, weight))
+        np.testing.assert_allclose(grouped[row : row + 1], wanted, atol=3e-5)
 
 
 def merged_alone(tiny, lora, rank_weights):
@@ -186,8 +208,10 @@ def test_concatenate_shares_a_single_row():
 
 def test_scale_and_fold():
     lora = random_lora(0, rows=2, rank=3)
-    assert_same_delta(dense(lora_lib.scale(lora, -2.5), 1),
-                      {name: -2.5 * delta for name, delta in dense(lora, 1).items()})
+    assert_same_delta(
+        dense(lora_lib.scale(lora, -2.5), 1),
+        {name: -2.5 * delta for name, delta in dense(lora, 1).items()},
+    )
     weights = np.float32([[1, 0, 2.5], [0, -1, 1]])
     folded = lora_lib.fold(lora, jnp.asarray(weights))
     for row in range(2):
@@ -195,6 +219,16 @@ def test_scale_and_fold():
 
 
 # ---------------------------------------------------------------------------- lower ranks
+
+
+def test_silent_rows_are_those_without_b():
+    lora = random_lora(0, rows=3)
+    lora.pairs['q_proj'] = lora.pairs['q_proj'].replace(b=lora.pairs['q_proj'].b.at[:, 1:].set(0))
+    assert not lora_lib.silent_rows(lora).any()  # down_proj still says something
+    lora.pairs['down_proj'] = lora.pairs['down_proj'].replace(
+        b=lora.pairs['down_proj'].b.at[:, 1].set(0)
+    )
+    assert lora_lib.silent_rows(lora).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize('rank', [9, 40])
@@ -260,7 +294,9 @@ def test_files_give_back_the_lora(tmp_path):
         assert loaded.rank == 3 and float(loaded.scaling) == pytest.approx(45.25, rel=1e-6)
         jax.tree.map(np.testing.assert_array_equal, loaded.pairs, lora.pairs)
     assert {path.name for path in tmp_path.iterdir()} == {
-        'adapter_config.json', 'adapter_model.safetensors'}
+        'adapter_config.json',
+        'adapter_model.safetensors',
+    }
     with pytest.raises(ValueError, match='one row'):
         lora_lib.save(random_lora(0, rows=2), tmp_path, 'some/base', 'abc')
 
@@ -271,8 +307,12 @@ def test_files_are_those_of_peft(tmp_path):
     tensors = load_file(tmp_path / 'adapter_model.safetensors')
     config = json.loads((tmp_path / 'adapter_config.json').read_text())
     names = {'down_proj': 'mlp.down_proj', 'q_proj': 'self_attn.q_proj'}
-    assert set(tensors) == {f'base_model.model.model.layers.{k}.{name}.lora_{factor}.weight'
-                            for k in range(3) for name in names.values() for factor in 'AB'}
+    assert set(tensors) == {
+        f'base_model.model.model.layers.{k}.{name}.lora_{factor}.weight'
+        for k in range(3)
+        for name in names.values()
+        for factor in 'AB'
+    }
     assert config['peft_type'] == 'LORA' and config['base_model_name_or_path'] == 'some/base'
     assert config['target_modules'] == ['down_proj', 'q_proj']
     assert config['r'] == 3 and config['lora_alpha'] == pytest.approx(7.5)
@@ -283,8 +323,9 @@ def test_files_are_those_of_peft(tmp_path):
             a, b = tensors[prefix + 'A.weight'], tensors[prefix + 'B.weight']
             assert a.shape == (3, i) and b.shape == (o, 3)
             # PEFT: y = x W^T + lora_alpha / r * x A^T B^T
-            np.testing.assert_allclose(config['lora_alpha'] / config['r'] * (b @ a).T,
-                                       dense(lora)[module][k], atol=1e-5)
+            np.testing.assert_allclose(
+                config['lora_alpha'] / config['r'] * (b @ a).T, dense(lora)[module][k], atol=1e-5
+            )
 
 
 def truncated(folder):
@@ -314,10 +355,17 @@ def rank_zero(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | {'r': 0}))
 
 
-@pytest.mark.parametrize('damage, message', [
-    (truncated, 'damaged'), (without_weights, 'adapter_model.safetensors is missing'),
-    (without_config, 'adapter_config.json is missing'), (cut_config, 'damaged'),
-    (another_module, 'damaged'), (rank_zero, 'damaged')])
+@pytest.mark.parametrize(
+    'damage, message',
+    [
+        (truncated, 'damaged'),
+        (without_weights, 'adapter_model.safetensors is missing'),
+        (without_config, 'adapter_config.json is missing'),
+        (cut_config, 'damaged'),
+        (another_module, 'damaged'),
+        (rank_zero, 'damaged'),
+    ],
+)
 def test_damaged_files_are_explained(tmp_path, damage, message):
     lora_lib.save(random_lora(0), tmp_path, 'some/base', 'abc')
     damage(tmp_path)

@@ -45,18 +45,21 @@ def batch_of(config, base, groups, accumulate, step=4):
 # Keeps the parameters and remembers the gradient as its state.
 REMEMBER = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
-    lambda gradient, state, params: (jax.tree.map(jnp.zeros_like, params), gradient))
+    lambda gradient, state, params: (jax.tree.map(jnp.zeros_like, params), gradient),
+)
 
 
 def learner_and_state(config, base, groups):
     """A learner that remembers its gradient, and a state in which every parameter acts."""
-    learner = dataclasses.replace(meta_learning.make_learner(config, base, groups),
-                                  optimizer=REMEMBER)
+    learner = dataclasses.replace(
+        meta_learning.make_learner(config, base, groups), optimizer=REMEMBER
+    )
     state = nn.unbox(jax.jit(learner.init)(jax.random.key(0), base.params))
     leaves, tree = jax.tree.flatten(state.params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = [x + 0.05 * jax.random.normal(key, x.shape)
-              for key, x in zip(keys, leaves, strict=True)]
+    params = [
+        x + 0.05 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)
+    ]
     return learner, state.replace(params=jax.tree.unflatten(tree, params))
 
 
@@ -99,7 +102,8 @@ def test_accumulated_microbatches_are_one_batch(tiny):
     # Both microbatches count: neither alone gives this gradient.
     first = jax.tree.map(lambda x: x[:1], parts)
     assert gradient_step(learner, state, tiny, first)[1]['loss'] != pytest.approx(
-        metrics['loss'], rel=1e-3)
+        metrics['loss'], rel=1e-3
+    )
 
 
 def test_only_the_hypernetwork_trains(tiny):
@@ -137,8 +141,7 @@ def test_a_fresh_hypernetwork_leaves_the_base_as_it_is(tiny):
     query = batch['query']
     hidden = Decoder(tiny.config).apply({'params': tiny.params}, query['tokens']).hidden
     logits = Decoder(tiny.config).apply({'params': tiny.params}, hidden, method='unembed')
-    at = np.take_along_axis(np.asarray(logits, np.float64),
-                            query['label_positions'][..., None], 1)
+    at = np.take_along_axis(np.asarray(logits, np.float64), query['label_positions'][..., None], 1)
     chosen = np.take_along_axis(at, query['labels'][..., None], -1)[..., 0]
     wanted = (query['label_weights'] * (np.log(np.exp(at).sum(-1)) - chosen)).sum()
     assert float(sums['loss']) == pytest.approx(wanted, rel=1e-5)
@@ -151,17 +154,32 @@ def test_decay_spares_norms_queries_scalers_and_the_shared_lora(tiny):
     names = {jax.tree_util.keystr(path, simple=True, separator='/'): mark for path, mark in marks}
     assert names['head'] and names['perceiver/cross_0/q_proj/kernel']
     spared = {name.split('/')[-1] for name, mark in names.items() if not mark}
-    assert spared == {'scale', 'bias', 'latents', 'output_queries', 'scaler_a_down_proj',
-                      'scaler_b_down_proj', 'bias_a_down_proj', 'bias_b_down_proj'}
+    assert spared == {
+        'scale',
+        'bias',
+        'latents',
+        'output_queries',
+        'scaler_a_down_proj',
+        'scaler_b_down_proj',
+        'bias_a_down_proj',
+        'bias_b_down_proj',
+    }
 
 
 def test_learning_rate_warms_up_and_decays():
     optimizer = tiny_training().optimizer
-    optimizer.update({'steps': 100, 'warmup_steps': 10, 'learning_rate': 1e-3,
-                      'end_learning_rate': 1e-5})
+    optimizer.update(
+        {'steps': 100, 'warmup_steps': 10, 'learning_rate': 1e-3, 'end_learning_rate': 1e-5}
+    )
     rate = meta_learning.learning_rate(optimizer)
     assert [float(rate(step)) for step in (0, 5, 10, 55, 100)] == pytest.approx(
-        [0, 5e-4, 1e-3, (1e-3 + 1e-5) / 2, 1e-5], rel=1e-4)
+        [0, 5e-4, 1e-3, (1e-3 + 1e-5) / 2, 1e-5], rel=1e-4
+    )
+    optimizer.update({'restarts': (40, 60), 'restart_factor': 0.5})
+    rate = meta_learning.learning_rate(optimizer)
+    assert [float(rate(step)) for step in (10, 39.9999, 40, 60, 80, 100)] == pytest.approx(
+        [1e-3, 1e-5, 5e-4, 2.5e-4, (2.5e-4 + 2.5e-6) / 2, 2.5e-6], rel=1e-3
+    )
 
 
 # ----------------------------------------------------------------------------------- the loop
@@ -178,14 +196,19 @@ def on_the_tiny_base(monkeypatch):
 
 def metrics_of(workdir):
     """The lines of a training, without what depends on its speed."""
-    lines = [json.loads(line)
-             for line in (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
+    ]
     return [{k: v for k, v in line.items() if not k.endswith('per_second')} for line in lines]
 
 
 def checkpoints_of(workdir):
-    return sorted(int(path.name) for path in (pathlib.Path(workdir) / 'checkpoints').iterdir()
-                  if path.name.isdigit())
+    return sorted(
+        int(path.name)
+        for path in (pathlib.Path(workdir) / 'checkpoints').iterdir()
+        if path.name.isdigit()
+    )
 
 
 @pytest.fixture(scope='module')
@@ -196,8 +219,7 @@ def straight(tmp_path_factory):
     printed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meta_learning, 'load_base', lambda name, dtype: tiny_base())
-        patch.setattr(meta_learning, 'print', lambda text, **_: printed.append(text),
-                      raising=False)
+        patch.setattr(meta_learning, 'print', lambda text, **_: printed.append(text), raising=False)
         state = value_of(meta_learning.train(tiny_training(), str(workdir)))
     signal.signal(signal.SIGTERM, handler)
     return workdir, state, printed
@@ -229,6 +251,7 @@ def stop_at(monkeypatch, step):
         update(self, now, examples)
         if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
+
     monkeypatch.setattr(meta_learning.Progress, 'update', patched)
 
 
@@ -258,10 +281,14 @@ def test_another_seed_is_another_run(straight, tmp_path, monkeypatch):
     assert metrics_of(tmp_path)[0]['loss'] != metrics_of(straight[0])[0]['loss']
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda c: c.optimizer.update(learning_rate=0.5), 'optimizer.learning_rate'),
-    (lambda c: c.hypernetwork.shape.update(rank=4), 'hypernetwork.shape.rank'),
-    (lambda c: c.update(seed=3), 'seed: 0 -> 3')])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda c: c.optimizer.update(learning_rate=0.5), 'optimizer.learning_rate'),
+        (lambda c: c.hypernetwork.shape.update(rank=4), 'hypernetwork.shape.rank'),
+        (lambda c: c.update(seed=3), 'seed: 0 -> 3'),
+    ],
+)
 def test_changed_settings_are_refused(straight, tmp_path, change, message):
     shutil.copytree(straight[0], tmp_path / 'run')
     config = tiny_training()
@@ -278,9 +305,14 @@ def test_another_base_is_refused(straight, tmp_path, monkeypatch):
         meta_learning.train(tiny_training(), str(tmp_path / 'run'))
 
 
-@pytest.mark.parametrize('part, name, message', [
-    ('objective', 'guess', 'unknown objective'), ('hypernetwork', 'guess', 'unknown hypernetwork'),
-    ('data', 'guess', 'unknown data')])
+@pytest.mark.parametrize(
+    'part, name, message',
+    [
+        ('objective', 'guess', 'unknown objective'),
+        ('hypernetwork', 'guess', 'unknown hypernetwork'),
+        ('data', 'guess', 'unknown data'),
+    ],
+)
 def test_unknown_parts_are_refused(tmp_path, part, name, message):
     config = tiny_training()
     config[part].name = name
@@ -304,12 +336,21 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, log_every):
 
 
 def start(*args, devices=1):
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT),
-                   'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+    environment = {
+        **os.environ,
+        'PYTHONPATH': str(ROOT),
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    }
     if devices == 1:
         environment.pop('XLA_FLAGS')
-    return subprocess.Popen([sys.executable, __file__, *map(str, args)], env=environment, cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, __file__, *map(str, args)],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.fixture
@@ -365,12 +406,14 @@ def test_several_devices_compute_what_one_does(tmp_path):
 
 def train_slowly():
     from launch import cli, train
+
     meta_learning.load_base = lambda name, dtype: tiny_base()
     update = meta_learning.Progress.update
 
     def slow(*args):
         update(*args)
         time.sleep(1)
+
     meta_learning.Progress.update = slow
     cli.run(train.main)
 
@@ -391,15 +434,22 @@ def compare_meshes(workdir):
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
         groups = sharding.data_shards(mesh)
         with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-            boxed = jax.eval_shape(lambda: learner.decoder.init(
-                jax.random.key(0), jnp.zeros((1, 8), jnp.int32), method='init_all'))['params']
+            boxed = jax.eval_shape(
+                lambda: learner.decoder.init(
+                    jax.random.key(0), jnp.zeros((1, 8), jnp.int32), method='init_all'
+                )
+            )['params']
             frozen = jax.device_put(base.params, sharding.shardings(boxed, mesh))
             abstract = jax.eval_shape(learner.init, jax.random.key(0), frozen)
             placed = jax.device_put(state, sharding.shardings(abstract, mesh))
             rows = jax.sharding.NamedSharding(mesh, jax.P(None, ('data', 'fsdp')))
             spread = jax.device_put(batch, rows)
-            kernels = [x for tree in (frozen, placed.params) for x in jax.tree.leaves(tree)
-                       if x.addressable_shards[0].data.size < x.size]
+            kernels = [
+                x
+                for tree in (frozen, placed.params)
+                for x in jax.tree.leaves(tree)
+                if x.addressable_shards[0].data.size < x.size
+            ]
             assert len(kernels) > 10, 'parameters are not divided'
             text = jax.jit(learner.step).lower(placed, frozen, spread).as_text()
             constraints = [line for line in text.splitlines() if 'sharding_constraint' in line]

@@ -65,3 +65,13 @@ def test_progress_leaves_out_the_first_step(monkeypatch):
         progress.line(1.25)
         == 'step 15/110  loss 1.2500  2.00 steps/s  16.0 examples/s  ETA 0:00:48'
     )
+
+
+def test_progress_forgets_how_fast_an_earlier_stage_was(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, 'monotonic', lambda: now)
+    progress = metrics.Progress(total_steps=100, window=2)
+    for step, pause in enumerate([1, 1, 1, 4, 4], start=1):
+        now += pause
+        progress.update(step, examples=2)
+    assert progress.rates() == {'steps_per_second': 0.25, 'examples_per_second': 0.5}

@@ -19,24 +19,37 @@ from hyperlora.objectives import OBJECTIVES
 
 NEEDLE = re.compile(r'The special magic number is (\d+)\.')
 MIXED = {'grass': 1.0, 'varied': 1.0}
-STAGE = {'steps': 3, 'contexts': 3, 'own_weight': 1.0, 'tokens': (40, 300), 'chunk_length': 300,
-         'chunks': (0.0, 0.0, 1.0), 'pool': 2, 'max_repeats': 8, 'question': 'Number?',
-         'haystacks': MIXED}
+STAGE = {
+    'steps': 3,
+    'contexts': 3,
+    'own_weight': 1.0,
+    'tokens': (40, 300),
+    'chunk_length': 300,
+    'chunks': (0.0, 0.0, 1.0),
+    'pool': 2,
+    'max_repeats': 8,
+    'question': 'Number?',
+    'haystacks': MIXED,
+}
 
 
 def groups(*stages, seed=0, per_step=2):
-    return niah.NeedleGroups(CharTokenizer(), [{**STAGE, **stage} for stage in stages], seed,
-                             per_step)
+    return niah.NeedleGroups(
+        CharTokenizer(), [{**STAGE, **stage} for stage in stages], seed, per_step
+    )
 
 
 def texts(context):
-    return [CharTokenizer().decode(tokens[mask])
-            for tokens, mask in zip(context['tokens'], context['mask'], strict=True)]
+    return [
+        CharTokenizer().decode(tokens[mask])
+        for tokens, mask in zip(context['tokens'], context['mask'], strict=True)
+    ]
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for x, y in
-               zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 # ---------------------------------------------------------------------------------- examples
@@ -58,21 +71,23 @@ def test_each_context_holds_its_needle_once():
         chunks, query = texts(item['context']), item['query']
         assert len(chunks) == 3 * 3 + 2
         for i in range(3):
-            own = chunks[3 * i:3 * i + 3]
+            own = chunks[3 * i : 3 * i + 3]
             needles = [NEEDLE.findall(chunk) for chunk in own]
             assert sum(map(len, needles)) == 1  # whole, in one chunk
             number = max(needles)[0]
             answer = CharTokenizer().decode(query['labels'][i])
             assert answer == number and len(number) == 4
-            np.testing.assert_array_equal(query['chunk_weights'][i, :9],
-                                          np.repeat(np.eye(3)[i], 3)
-                                          * item['context']['mask'][:9].any(1))
+            np.testing.assert_array_equal(
+                query['chunk_weights'][i, :9],
+                np.repeat(np.eye(3)[i], 3) * item['context']['mask'][:9].any(1),
+            )
         assert not any('magic' in chunk for chunk in chunks[9:])
 
 
 def test_the_pool_is_counted_up_to_max_repeats():
-    weights = np.concatenate([groups({'steps': 50})[i]['query']['chunk_weights'][:, 9:].ravel()
-                              for i in range(100)])
+    weights = np.concatenate(
+        [groups({'steps': 50})[i]['query']['chunk_weights'][:, 9:].ravel() for i in range(100)]
+    )
     assert set(weights) == set(range(9))  # 0 to max_repeats, whole numbers
     assert 0.2 < (weights == 0).mean() < 0.8
 
@@ -82,12 +97,12 @@ def test_labels_follow_their_positions():
     tokens, labels, positions = (query[k] for k in ('tokens', 'labels', 'label_positions'))
     prompt = CharTokenizer().prompt('Number?')
     for i in range(3):
-        assert tokens[i, :len(prompt)].tolist() == prompt
+        assert tokens[i, : len(prompt)].tolist() == prompt
         assert positions[i, 0] == len(prompt) - 1  # the prompt's last token predicts the first
         # What follows a label's position is that label; the last one ends the answer.
         np.testing.assert_array_equal(tokens[i, positions[i, :-1] + 1], labels[i, :-1])
         assert positions[i, -1] == tokens.shape[1] - 1
-        assert CharTokenizer().decode(tokens[i, len(prompt):]).isdigit()
+        assert CharTokenizer().decode(tokens[i, len(prompt) :]).isdigit()
         assert labels[i, -1] == CharTokenizer.eos_id
         np.testing.assert_allclose(query['label_weights'][i], 1 / 5)
 
@@ -119,8 +134,17 @@ def test_an_empty_chunk_counts_nothing():
 
 
 def test_stages_follow_each_other():
-    stages = [{'steps': 2, 'contexts': 1, 'chunk_length': 64, 'tokens': (0, 0), 'pool': 0,
-               'chunks': (1.0,)}, {'steps': 3, 'contexts': 2}]
+    stages = [
+        {
+            'steps': 2,
+            'contexts': 1,
+            'chunk_length': 64,
+            'tokens': (0, 0),
+            'pool': 0,
+            'chunks': (1.0,),
+        },
+        {'steps': 3, 'contexts': 2},
+    ]
     source = groups(*stages)
     assert len(source) == 2 * 5
     shapes = [source[i]['context']['tokens'].shape for i in range(10)]
@@ -162,10 +186,12 @@ def test_batches_stack_microbatches_and_groups():
     for a in range(2):
         for g in range(2):
             item = source[4 + 2 * a + g]
-            np.testing.assert_array_equal(batch['context']['tokens'][a, 11 * g:11 * g + 11],
-                                          item['context']['tokens'])
-            np.testing.assert_array_equal(batch['query']['labels'][a, 3 * g:3 * g + 3],
-                                          item['query']['labels'])
+            np.testing.assert_array_equal(
+                batch['context']['tokens'][a, 11 * g : 11 * g + 11], item['context']['tokens']
+            )
+            np.testing.assert_array_equal(
+                batch['query']['labels'][a, 3 * g : 3 * g + 3], item['query']['labels']
+            )
 
 
 # ---------------------------------------------------------------------------------- haystacks
@@ -202,8 +228,9 @@ def documents():
     writer, rng = niah.Writer(CharTokenizer()), np.random.default_rng(0)
     for length in (0, 90, 400, 3000):
         for name in MIXED:
-            yield writer.write(rng, haystacks.get(name), length, niah.NEEDLE.format(1234),
-                               line_breaks=0.2)
+            yield writer.write(
+                rng, haystacks.get(name), length, niah.NEEDLE.format(1234), line_breaks=0.2
+            )
 
 
 @pytest.mark.parametrize('limit', [80, 150, 1024])
@@ -254,9 +281,19 @@ def test_padding_is_masked():
 
 # ------------------------------------------------------------------------------------ configs
 
-GEMMA_2_2B = DecoderConfig(vocab_size=256000, num_layers=26, width=2304, mlp_width=9216,
-                           num_heads=8, num_kv_heads=4, head_dim=256, rope_theta=10000.0,
-                           norm_eps=1e-6, max_length=8192, tie_embeddings=True)
+GEMMA_2_2B = DecoderConfig(
+    vocab_size=256000,
+    num_layers=26,
+    width=2304,
+    mlp_width=9216,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=256,
+    rope_theta=10000.0,
+    norm_eps=1e-6,
+    max_length=8192,
+    tie_embeddings=True,
+)
 
 
 @pytest.mark.parametrize('variant', ['smollm2', 'gemma2_2b', 'mistral_7b', 'qwen3_4b', 'tiny'])
@@ -279,8 +316,9 @@ def test_configs_are_complete(variant):
         d2l_niah.get_config(variant + 'x')
 
 
-@pytest.mark.parametrize('variant, early_exit', [('gemma2_2b', 6), ('mistral_7b', 8),
-                                                 ('qwen3_4b', 9)])
+@pytest.mark.parametrize(
+    'variant, early_exit', [('gemma2_2b', 6), ('mistral_7b', 8), ('qwen3_4b', 9)]
+)
 def test_published_settings(variant, early_exit):
     config = d2l_niah.get_config(variant)
     [stage] = config.data.stages
@@ -294,11 +332,13 @@ def test_published_settings(variant, early_exit):
 def generated(config, base):
     """Shapes of parameters and LoRAs, without computing either."""
     hyper = hypernetwork.build(config.hypernetwork, base)
+
     def run(key):
         # early_exit's features have one entry
         features = jax.numpy.zeros((1, 1, 8, base.width))
         params = hyper.module.init(key, features, hyper.example['mask'])['params']
         return params, hyper.module.apply({'params': params}, features, hyper.example['mask'])
+
     params, (chunks, shared) = jax.eval_shape(run, jax.random.key(0))
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params)), chunks, shared
 

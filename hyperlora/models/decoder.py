@@ -72,8 +72,14 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, q_index: jax.Array,
-              q_segments: jax.Array | None, k_segments: jax.Array | None) -> jax.Array:
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_index: jax.Array,
+    q_segments: jax.Array | None,
+    k_segments: jax.Array | None,
+) -> jax.Array:
     """Causal grouped-query attention with the softmax in f32.
 
     Args:
@@ -103,6 +109,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, q_index: jax.Array,
     def split(x):
         blocks = x.reshape(batch, tokens // _QUERY_BLOCK, _QUERY_BLOCK, *x.shape[2:])
         return blocks.swapaxes(0, 1)
+
     blocks = jax.tree.map(split, (q, q_index, q_segments))
     out = jax.lax.map(lambda block: attend(*block), blocks)
     return out.swapaxes(0, 1).reshape(batch, tokens, heads * width)
@@ -115,8 +122,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)),
-                           (x.shape[-1],))
+        scale = self.param(
+            'scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (x.shape[-1],)
+        )
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.eps)
         return (normed * scale.astype(jnp.float32)).astype(x.dtype)
@@ -158,6 +166,7 @@ class Attention(nn.Module):
         def project(name, heads):
             y = Projection(heads * c.head_dim, ('embed', 'heads'), name=name)(x, adapt)
             return y.reshape(batch, tokens, heads, c.head_dim)
+
         q = rope(project('q_proj', c.num_heads), positions, c.rope_theta)
         k = rope(project('k_proj', c.num_kv_heads), positions, c.rope_theta)
         v = project('v_proj', c.num_kv_heads)
@@ -198,7 +207,8 @@ class Block(nn.Module):
         adapt = Adaptation(pairs, scaling, rank_weights)
         x = nn.with_logical_constraint(x, ('batch', 'length', 'embed_activation'))
         y, cache = Attention(c, name='attention')(
-            RMSNorm(c.norm_eps, name='attention_norm')(x), positions, segments, cache, adapt)
+            RMSNorm(c.norm_eps, name='attention_norm')(x), positions, segments, cache, adapt
+        )
         h = x + y
         out = h + Mlp(c, name='mlp')(RMSNorm(c.norm_eps, name='mlp_norm')(h), adapt)
         return out, (x if self.return_input else None, cache)
@@ -226,10 +236,16 @@ class Decoder(nn.Module):
         self.final_norm = RMSNorm(c.norm_eps)
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None,
-                 segments: jax.Array | None = None, lora: Lora | None = None,
-                 rank_weights: jax.Array | None = None, cache: KVCache | None = None,
-                 return_block_inputs: bool = False) -> DecoderOutput:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        lora: Lora | None = None,
+        rank_weights: jax.Array | None = None,
+        cache: KVCache | None = None,
+        return_block_inputs: bool = False,
+    ) -> DecoderOutput:
         """Runs all layers.
 
         Args:
@@ -248,23 +264,31 @@ class Decoder(nn.Module):
         if self.remat != 'none':
             block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         layers = nn.scan(
-            block, variable_axes={'params': 0}, split_rngs={'params': True},
+            block,
+            variable_axes={'params': 0},
+            split_rngs={'params': True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=self.config.num_layers, metadata_params={nn.PARTITION_NAME: 'layers'},
+            length=self.config.num_layers,
+            metadata_params={nn.PARTITION_NAME: 'layers'},
         )(self.config, return_block_inputs, name='layers')
         pairs, scaling = (None, None) if lora is None else (lora.pairs, lora.scaling)
         if scaling is not None:
             scaling = jnp.asarray(scaling, jnp.float32)
         x = self.embedder.embedding[tokens]
         x, (block_inputs, cache) = layers(
-            x, pairs, cache, positions, segments, scaling, rank_weights)
+            x, pairs, cache, positions, segments, scaling, rank_weights
+        )
         return DecoderOutput(self.final_norm(x), block_inputs, cache)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits in f32, `[..., d]` -> `[..., v]`."""
         table = self.embedder if self.config.tie_embeddings else self.unembedder
-        return jnp.einsum('...d,vd->...v', hidden, table.embedding.astype(hidden.dtype),
-                          preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            '...d,vd->...v',
+            hidden,
+            table.embedding.astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
 
     def init_all(self, tokens: jax.Array) -> jax.Array:
         """Touches every parameter; for `init` only."""

@@ -14,12 +14,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from hyperlora.errors import UserError
 
 _PRE_TOKENIZERS = {
-    "smollm": lambda: pre_tokenizers.Sequence(
+    'smollm': lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), _byte_level()]
     ),
 }
 _CONTROL = 3  # in tokenizer.ggml.token_type
-_HOLE = "\ue000content\ue000"  # private-use characters: no template holds this string
+_HOLE = '\ue000content\ue000'  # private-use characters: no template holds this string
 _DEFAULT_SYSTEM = re.compile(
     r"\{%-? if loop\.first and messages\[0\]\['role'\] != 'system' -?%\}.*?\{%-? endif -?%\}",
     re.DOTALL,
@@ -42,35 +42,35 @@ class Tokenizer:
         self._backend = backend
         self._frames = {
             True: self._frame(template),
-            False: self._frame(_DEFAULT_SYSTEM.sub("", template)),
+            False: self._frame(_DEFAULT_SYSTEM.sub('', template)),
         }
         backend.encode_special_tokens = True  # as mere text; the frames are already encoded
 
     @classmethod
-    def from_gguf(cls, fields: Mapping[str, Any]) -> "Tokenizer":
+    def from_gguf(cls, fields: Mapping[str, Any]) -> 'Tokenizer':
         """Builds the byte-level BPE that the metadata of a GGUF file describes.
 
         Raises UserError if a field is missing or the way to split words is not supported.
         """
         names = {
-            "pre": "tokenizer.ggml.pre",
-            "tokens": "tokenizer.ggml.tokens",
-            "token_type": "tokenizer.ggml.token_type",
-            "merges": "tokenizer.ggml.merges",
-            "eos_id": "tokenizer.ggml.eos_token_id",
-            "template": "tokenizer.chat_template",
+            'pre': 'tokenizer.ggml.pre',
+            'tokens': 'tokenizer.ggml.tokens',
+            'token_type': 'tokenizer.ggml.token_type',
+            'merges': 'tokenizer.ggml.merges',
+            'eos_id': 'tokenizer.ggml.eos_token_id',
+            'template': 'tokenizer.chat_template',
         }
         missing = [name for name in names.values() if name not in fields]
         if missing:
-            raise UserError(f"the GGUF file lacks {', '.join(missing)}")
+            raise UserError(f'the GGUF file lacks {", ".join(missing)}')
         pre, tokens, kinds, merges, eos_id, template = (fields[name] for name in names.values())
         if pre not in _PRE_TOKENIZERS:
-            known = ", ".join(_PRE_TOKENIZERS)
-            raise UserError(f"{names['pre']} {pre!r} is not supported (only {known})")
+            known = ', '.join(_PRE_TOKENIZERS)
+            raise UserError(f'{names["pre"]} {pre!r} is not supported (only {known})')
         vocabulary = {token: index for index, token in enumerate(tokens)}
         # No unknown token: it would be a control token that user text could bring about.
         backend = tokenizers.Tokenizer(
-            models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges])
+            models.BPE(vocab=vocabulary, merges=[tuple(merge.split(' ')) for merge in merges])
         )
         backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
         backend.decoder = decoders.ByteLevel()
@@ -105,7 +105,7 @@ class Tokenizer:
         begin with white space, as what follows a sentence does.
         """
         texts = [self._backend.decode([i]) for i in range(self._backend.get_vocab_size())]
-        ends = np.array([t.rstrip('"\')]').endswith((".", "!", "?", "\n")) for t in texts])
+        ends = np.array([t.rstrip('"\')]').endswith(('.', '!', '?', '\n')) for t in texts])
         starts = np.array([t[:1].isspace() for t in texts])
         return ends, starts
 
@@ -115,15 +115,15 @@ class Tokenizer:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         try:
             rendered = environment.from_string(template).render(
-                messages=[{"role": "user", "content": _HOLE}], add_generation_prompt=True
+                messages=[{'role': 'user', 'content': _HOLE}], add_generation_prompt=True
             )
         except jinja2.TemplateError as error:
-            raise UserError(f"cannot render the chat template: {error}") from error
+            raise UserError(f'cannot render the chat template: {error}') from error
         if rendered.count(_HOLE) != 1:
             raise UserError("the chat template does not give the user's message just once")
         before, after = rendered.split(_HOLE)
         added = self._backend.get_added_tokens_decoder().values()
-        control = re.compile("|".join(re.escape(token.content) for token in added))
+        control = re.compile('|'.join(re.escape(token.content) for token in added))
         seam = max((match.end() for match in control.finditer(before)), default=0)
         match = control.search(after)
         resume = match.start() if match else len(after)

@@ -27,31 +27,31 @@ class _Row(NamedTuple):
     @property
     def transposed(self) -> bool:
         """Our kernels are [in, out], those of both file formats [out, in]."""
-        return self.path.endswith("kernel")
+        return self.path.endswith('kernel')
 
     @property
     def stacked(self) -> bool:
-        return self.axes.startswith("l")
+        return self.axes.startswith('l')
 
 
-_UNEMBEDDER = _Row("unembedder/embedding", "lm_head.weight", "output.weight", "vd")
+_UNEMBEDDER = _Row('unembedder/embedding', 'lm_head.weight', 'output.weight', 'vd')
 _TABLE = (
-    _Row("embedder/embedding", "model.embed_tokens.weight", "token_embd.weight", "vd"),
+    _Row('embedder/embedding', 'model.embed_tokens.weight', 'token_embd.weight', 'vd'),
     *(
-        _Row(f"layers/{path}", f"model.layers.{{}}.{hf}.weight", f"blk.{{}}.{ggml}.weight", axes)
+        _Row(f'layers/{path}', f'model.layers.{{}}.{hf}.weight', f'blk.{{}}.{ggml}.weight', axes)
         for path, hf, ggml, axes in (
-            ("attention_norm/scale", "input_layernorm", "attn_norm", "ld"),
-            ("attention/q_proj/kernel", "self_attn.q_proj", "attn_q", "ldq"),
-            ("attention/k_proj/kernel", "self_attn.k_proj", "attn_k", "ldk"),
-            ("attention/v_proj/kernel", "self_attn.v_proj", "attn_v", "ldk"),
-            ("attention/o_proj/kernel", "self_attn.o_proj", "attn_output", "lqd"),
-            ("mlp_norm/scale", "post_attention_layernorm", "ffn_norm", "ld"),
-            ("mlp/gate_proj/kernel", "mlp.gate_proj", "ffn_gate", "ldf"),
-            ("mlp/up_proj/kernel", "mlp.up_proj", "ffn_up", "ldf"),
-            ("mlp/down_proj/kernel", "mlp.down_proj", "ffn_down", "lfd"),
+            ('attention_norm/scale', 'input_layernorm', 'attn_norm', 'ld'),
+            ('attention/q_proj/kernel', 'self_attn.q_proj', 'attn_q', 'ldq'),
+            ('attention/k_proj/kernel', 'self_attn.k_proj', 'attn_k', 'ldk'),
+            ('attention/v_proj/kernel', 'self_attn.v_proj', 'attn_v', 'ldk'),
+            ('attention/o_proj/kernel', 'self_attn.o_proj', 'attn_output', 'lqd'),
+            ('mlp_norm/scale', 'post_attention_layernorm', 'ffn_norm', 'ld'),
+            ('mlp/gate_proj/kernel', 'mlp.gate_proj', 'ffn_gate', 'ldf'),
+            ('mlp/up_proj/kernel', 'mlp.up_proj', 'ffn_up', 'ldf'),
+            ('mlp/down_proj/kernel', 'mlp.down_proj', 'ffn_down', 'lfd'),
         )
     ),
-    _Row("final_norm/scale", "model.norm.weight", "output_norm.weight", "d"),
+    _Row('final_norm/scale', 'model.norm.weight', 'output_norm.weight', 'd'),
 )
 
 
@@ -65,10 +65,10 @@ def from_hf_state(state: Mapping[str, np.ndarray], config: DecoderConfig, dtype:
     shapes = {
         name: tensor.shape
         for name, tensor in state.items()
-        if not name.endswith("rotary_emb.inv_freq")
+        if not name.endswith('rotary_emb.inv_freq')
         and not (config.tie_embeddings and name == _UNEMBEDDER.hf)
     }
-    return _assemble("hf", shapes, state.__getitem__, config, dtype)
+    return _assemble('hf', shapes, state.__getitem__, config, dtype)
 
 
 def load_gguf(path: str | Path, dtype: Any) -> tuple[DecoderConfig, dict]:
@@ -89,7 +89,7 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTe
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         # The reader checks little itself: damage shows as whichever of these comes first.
-        raise UserError(f"cannot read {path} as a GGUF file: {error}") from error
+        raise UserError(f'cannot read {path} as a GGUF file: {error}') from error
     return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
@@ -109,15 +109,15 @@ def from_gguf(
             weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
-            raise UserError(f"tensor {name}: quantization {kind} is not supported") from error
-        if name.endswith("attn_q.weight"):
+            raise UserError(f'tensor {name}: quantization {kind} is not supported') from error
+        if name.endswith('attn_q.weight'):
             return _unpermute(weight, config.num_heads)
-        if name.endswith("attn_k.weight"):
+        if name.endswith('attn_k.weight'):
             return _unpermute(weight, config.num_kv_heads)
         return weight
 
     shapes = {name: tuple(tensor.shape[::-1].tolist()) for name, tensor in tensors.items()}
-    return config, _assemble("gguf", shapes, read, config, dtype)
+    return config, _assemble('gguf', shapes, read, config, dtype)
 
 
 def fingerprint(config: DecoderConfig, params: Mapping) -> str:
@@ -129,12 +129,12 @@ def fingerprint(config: DecoderConfig, params: Mapping) -> str:
     """
     digest = hashlib.blake2b(digest_size=8)
     digest.update(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-    arrays = flatten_dict(params, sep="/")
+    arrays = flatten_dict(params, sep='/')
     # Only the samples leave the device, and one compilation serves them all.
     on_device = all(isinstance(array, jax.Array) for array in arrays.values())
     samples = (jax.jit(_sample) if on_device else _sample)(arrays)
     for path in sorted(arrays):
-        digest.update(f"{path} {tuple(arrays[path].shape)}".encode())
+        digest.update(f'{path} {tuple(arrays[path].shape)}'.encode())
         digest.update(np.asarray(samples[path]).astype(ml_dtypes.bfloat16).tobytes())
     return digest.hexdigest()
 
@@ -175,19 +175,19 @@ def _assemble(
 ) -> dict:
     rows = _TABLE if config.tie_embeddings else (*_TABLE, _UNEMBEDDER)
     sizes = {
-        "v": config.vocab_size,
-        "d": config.width,
-        "l": config.num_layers,
-        "f": config.mlp_width,
-        "q": config.num_heads * config.head_dim,
-        "k": config.num_kv_heads * config.head_dim,
+        'v': config.vocab_size,
+        'd': config.width,
+        'l': config.num_layers,
+        'f': config.mlp_width,
+        'q': config.num_heads * config.head_dim,
+        'k': config.num_kv_heads * config.head_dim,
     }
     names, expected = {}, {}
     for row in rows:
         template = getattr(row, source)
         count = config.num_layers if row.stacked else 1
         names[row] = [template.format(layer) for layer in range(count)]
-        shape = tuple(sizes[axis] for axis in row.axes.removeprefix("l"))
+        shape = tuple(sizes[axis] for axis in row.axes.removeprefix('l'))
         expected |= dict.fromkeys(names[row], shape[::-1] if row.transposed else shape)
     _compare(expected, shapes)
 
@@ -198,19 +198,19 @@ def _assemble(
             weight = read(name)
             array[layer if row.stacked else ...] = weight.T if row.transposed else weight
         params[row.path] = array
-    return unflatten_dict(params, sep="/")
+    return unflatten_dict(params, sep='/')
 
 
 def _compare(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> None:
     problems = {
-        "missing": [name for name in expected if name not in found],
-        "extra": [name for name in found if name not in expected],
-        "misshapen": [
-            f"{name} {found[name]} instead of {shape}"
+        'missing': [name for name in expected if name not in found],
+        'extra': [name for name in found if name not in expected],
+        'misshapen': [
+            f'{name} {found[name]} instead of {shape}'
             for name, shape in expected.items()
             if name in found and tuple(found[name]) != shape
         ],
     }
-    lists = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    lists = [f'{kind}: {", ".join(names)}' for kind, names in problems.items() if names]
     if lists:
-        raise UserError(f"the tensors do not fit the model; {'; '.join(lists)}")
+        raise UserError(f'the tensors do not fit the model; {"; ".join(lists)}')

@@ -1,0 +1,136 @@
+"""Documents to LoRAs: the chunks' LoRAs add up, whatever way they are computed."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_base, tiny_training
+
+from d2l import internalize
+from d2l.internalize import Answerer, Internalizer, Question
+from hyperlora import hypernetwork
+from hyperlora.errors import UserError
+from hyperlora.generation import answer
+from hyperlora.trained import Trained
+
+SENTENCES = ('One thing. ', 'Another one, longer than that. ', 'Why? ', 'The number is 7. ')
+
+
+@pytest.fixture(scope='module')
+def model():
+    """A random hypernetwork of the tiny base that reads chunks of 40 tokens; gates half open."""
+    base, config = tiny_base(), tiny_training()
+    config.chunk_length = 40
+    built = hypernetwork.build(config.hypernetwork, base.config)
+    params = nn.unbox(jax.jit(built.init)(jax.random.key(0), base.params))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape, np.float32), params)
+    return Trained(config, base, built, params)
+
+
+def document(seed, sentences=12):
+    rng = np.random.default_rng(seed)
+    return tiny_base().tokenizer.encode(''.join(rng.choice(SENTENCES, sentences)))
+
+
+def delta(lora):
+    """Module -> `[l, i, o]` in float64, of a LoRA of one row."""
+    return {
+        name: float(lora.scaling)
+        * np.einsum(
+            'lri,lro->lio',
+            np.asarray(pair.a[:, 0], np.float64),
+            np.asarray(pair.b[:, 0], np.float64),
+        )
+        for name, pair in lora.pairs.items()
+    }
+
+
+def assert_same(ours, wanted):
+    for name in wanted:
+        largest = np.abs(wanted[name]).max()
+        assert largest > 0
+        np.testing.assert_allclose(ours[name], wanted[name], atol=1e-5 * largest)
+
+
+def direct(model, tokens):
+    """The sum of all chunks' LoRAs, one after the other and unpadded, and the shared one."""
+    total = None
+    for chunk in Internalizer(model).split(tokens):
+        context = {'tokens': np.asarray([chunk], np.int32), 'mask': np.ones((1, len(chunk)), bool)}
+        own, shared = model.hypernetwork.generate(model.params, model.base.params, context)
+        total = delta(own) if total is None else {k: v + total[k] for k, v in delta(own).items()}
+    return {name: value + delta(shared)[name] for name, value in total.items()}
+
+
+def test_chunks_add_up(model):
+    tokens = document(0)
+    chunks = Internalizer(model).split(tokens)
+    assert len(chunks) > 3
+    assert_same(delta(Internalizer(model)(tokens)), direct(model, tokens))
+
+
+def test_layer_by_layer_gives_the_same(model):
+    tokens = document(0)
+    assert_same(delta(Internalizer(model, iterative=True)(tokens)), direct(model, tokens))
+
+
+def test_a_chunk_that_recurs_is_counted_and_not_repeated(model):
+    tokens = tiny_base().tokenizer.encode(' '.join(['Sixteen letters.'] * 12))
+    chunks = Internalizer(model).split(tokens)
+    assert len(chunks) == 6 and len(set(chunks)) == 2  # the first one has no space before it
+    lora = Internalizer(model)(tokens)
+    assert lora.rank == 8 * (len(set(chunks)) + 1)
+    assert_same(delta(lora), direct(model, tokens))
+
+
+def test_long_documents_are_folded_without_loss(model, monkeypatch):
+    monkeypatch.setattr(internalize, '_MAX_RANK', 16)  # two chunks at a time
+    tokens = document(1, sentences=40)
+    lora = Internalizer(model)(tokens)
+    assert lora.rank == 32  # the width of the tiny base
+    assert_same(delta(lora), direct(model, tokens))
+
+
+def with_gate(model, value):
+    gate = {**model.params['gate'], 'bias': np.full(1, value, np.float32)}
+    return dataclasses.replace(model, params={**model.params, 'gate': gate})
+
+
+def test_a_shut_gate_is_silent(model):
+    shut, tokens = with_gate(model, -50.0), document(0)
+    lora = Internalizer(shut)(tokens)
+    assert lora.rank == 8  # only the shared LoRA is left
+    context = {'tokens': np.asarray([tokens], np.int32), 'mask': np.ones((1, len(tokens)), bool)}
+    own, shared = shut.hypernetwork.generate(shut.params, shut.base.params, context)
+    assert all(not np.asarray(pair.b).any() for pair in own.pairs.values())
+    assert_same(delta(lora), delta(shared))
+    # Wide open is a factor of exactly 1.
+    own = [
+        with_gate(model, value).hypernetwork.generate(
+            with_gate(model, value).params, model.base.params, context
+        )[0]
+        for value in (50.0, 90.0)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *own)
+
+
+def test_many_answers_are_each_ones_answer(model):
+    """Packed along one rank, with chunks in common, as each question alone."""
+    internalizer, prompt = Internalizer(model), tiny_base().tokenizer.prompt('Who?')
+    documents = [document(seed, sentences=2 + seed % 5) for seed in range(10)]
+    alone = [answer(model.base, [prompt], 6, internalizer(tokens))[0] for tokens in documents]
+    assert len(set(alone)) > 3  # the documents matter
+    questions = [Question(tokens, prompt) for tokens in documents]
+    assert Answerer(internalizer, max_rows=4)(questions, 6) == alone
+    assert Answerer(internalizer, max_chunks=5)(questions, 6) == alone
+    assert Answerer(Internalizer(with_gate(model, -50.0)))(questions[:3], 6) == answer(
+        model.base, [prompt] * 3, 6, Internalizer(with_gate(model, -50.0))(documents[0])
+    )
+
+
+def test_an_empty_document_is_refused(model):
+    with pytest.raises(UserError, match='empty'):
+        Internalizer(model)([])
