@@ -64,11 +64,6 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(tree), mesh, RULES)
 
 
-def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Leading axis over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
-
-
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

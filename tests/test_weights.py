@@ -53,6 +53,10 @@ LAYER_NAMES = {  # HF: (GGUF, shape)
 }
 
 
+def load_gguf(path, dtype):
+    return weights.from_gguf(*weights.read_gguf(path), dtype)
+
+
 def hf_state(seed=0):
     rng = np.random.default_rng(seed)
     shapes = {'model.embed_tokens.weight': (96, 32), 'model.norm.weight': (32,)}
@@ -193,7 +197,7 @@ def test_wrong_tensors_are_all_listed():
 
 def test_gguf_gives_the_parameters_of_the_hf_state(tmp_path):
     state = hf_state()
-    config, params = weights.load_gguf(write_gguf(tmp_path / 'tiny.gguf', state), np.float32)
+    config, params = load_gguf(write_gguf(tmp_path / 'tiny.gguf', state), np.float32)
     assert config == TINY
     jax.tree.map(np.testing.assert_array_equal, params, weights.from_hf_state(state, TINY, 'f4'))
 
@@ -203,7 +207,7 @@ def test_gguf_untied_and_quantized(tmp_path):
     state['lm_head.weight'] = state['model.embed_tokens.weight'][::-1]
     quantized = [name for name, weight in state.items() if weight.ndim == 2]
     path = write_gguf(tmp_path / 'tiny.gguf', state, quantize=quantized)
-    config, params = weights.load_gguf(path, np.float32)
+    config, params = load_gguf(path, np.float32)
     assert config == UNTIED
     # Q8_0 rounds to 127 steps of the largest of 32 values: half a step is below 0.02 here.
     jax.tree.map(
@@ -218,16 +222,16 @@ def test_gguf_errors(tmp_path):
     state = hf_state()
     write_gguf(path, state, architecture='gemma3')
     with pytest.raises(UserError, match='gemma3'):
-        weights.load_gguf(path, np.float32)
+        load_gguf(path, np.float32)
     write_gguf(path, state, extra_fields=[('llama.rope.scaling.factor', 8.0)])
     with pytest.raises(UserError, match='llama.rope.scaling.factor'):
-        weights.load_gguf(path, np.float32)
+        load_gguf(path, np.float32)
     write_gguf(path, state | {'rope_freqs.weight': np.ones(4, np.float32)})
     with pytest.raises(UserError, match='extra: rope_freqs.weight'):
-        weights.load_gguf(path, np.float32)
+        load_gguf(path, np.float32)
     write_gguf(path, state | {'model.norm.weight': np.ones(32, np.int8)})
     with pytest.raises(UserError, match='output_norm.weight.*I8'):
-        weights.load_gguf(path, np.float32)
+        load_gguf(path, np.float32)
 
 
 def test_hf_configs():

@@ -71,14 +71,6 @@ def from_hf_state(state: Mapping[str, np.ndarray], config: DecoderConfig, dtype:
     return _assemble('hf', shapes, state.__getitem__, config, dtype)
 
 
-def load_gguf(path: str | Path, dtype: Any) -> tuple[DecoderConfig, dict]:
-    """Config and parameters of a GGUF file; the parameters are as in `from_hf_state`.
-
-    Raises UserError if the file cannot be read or does not hold a supported decoder.
-    """
-    return from_gguf(*read_gguf(path), dtype)
-
-
 def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
     """The metadata of a GGUF file and its tensors by name, still quantized and on disk.
 
