@@ -74,7 +74,6 @@ def _published(base: str, early_exit: int) -> ConfigDict:
                 'warmup_steps': 100,
                 'steps': steps,
                 'restarts': (),
-                'restart_factor': 1.0,
                 'weight_decay': 0.01,
                 'b1': 0.9,
                 'b2': 0.999,
@@ -168,6 +167,16 @@ def _smollm2() -> ConfigDict:
             'pool': 2,
             'max_repeats': 64,
         },
+        {
+            **stage,
+            'steps': 250,
+            'contexts': 20,
+            'tokens': (30, 124),
+            'chunk_length': 128,
+            'pool': 1,
+            'max_repeats': 64,
+            'haystacks': {'varied': 3.0, 'python_manual': 1.0, 'grass': 1.0},
+        },
     ]
     config.chunk_length = 128
     config.optimizer.update(
@@ -176,8 +185,7 @@ def _smollm2() -> ConfigDict:
             'end_learning_rate': 4e-5,
             'warmup_steps': 10,
             'b2': 0.98,
-            'restarts': (1200,),
-            'restart_factor': 0.3,
+            'restarts': ((1200, 0.3), (1750, 0.15)),
             'steps': sum(s['steps'] for s in config.data.stages),
         }
     )

@@ -25,7 +25,6 @@ import flax.linen as nn
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
@@ -58,23 +57,22 @@ class TrainState:
 def learning_rate(config: ConfigDict) -> optax.Schedule:
     """Linear warm-up, then cosine decay from `learning_rate` to `end_learning_rate`.
 
-    At each of the steps `restarts` it begins again, both rates times a further `restart_factor`
-    (SGDR, arXiv 1608.03983); the last cycle ends at the last step.
+    At each (step, factor) of `restarts` it begins again, with both rates times the factor (SGDR,
+    arXiv 1608.03983); the last cycle ends at the last step.
     """
-    bounds = (0, *config.restarts, config.steps)
-    cycles = []
-    for k, steps in enumerate(np.diff(bounds)):
-        factor, warmup = config.restart_factor**k, 0 if k else config.warmup_steps
-        cycles.append(
-            optax.warmup_cosine_decay_schedule(
-                0.0,
-                factor * config.learning_rate,
-                warmup,
-                int(steps),
-                factor * config.end_learning_rate,
-            )
+    starts = [step for step, _ in config.restarts]
+    factors = [1.0, *(factor for _, factor in config.restarts)]
+    cycles = [
+        optax.warmup_cosine_decay_schedule(
+            0.0,
+            factor * config.learning_rate,
+            0 if start else config.warmup_steps,
+            end - start,
+            factor * config.end_learning_rate,
         )
-    return optax.join_schedules(cycles, config.restarts)
+        for start, end, factor in zip([0, *starts], [*starts, config.steps], factors, strict=True)
+    ]
+    return optax.join_schedules(cycles, starts)
 
 
 def decayed(params: Any) -> Any:
