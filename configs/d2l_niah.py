@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from d2l.niah import QUESTION
 from hyperlora.errors import UserError
 
-GRASS, PROSE = {'grass': 1.0}, {'python_manual': 1.0, 'varied': 1.0, 'grass': 0.5}
+GRASS = {'grass': 1.0}
+PROSE = {'varied': 2.0, 'python_manual': 1.0, 'data_set_descriptions': 1.0, 'grass': 0.5}
 
 
 def get_config(variant: str = 'smollm2') -> ConfigDict:
@@ -73,7 +74,6 @@ def _published(base: str, early_exit: int) -> ConfigDict:
                 'end_learning_rate': 1e-7,
                 'warmup_steps': 100,
                 'steps': steps,
-                'restarts': (),
                 'weight_decay': 0.01,
                 'b1': 0.9,
                 'b2': 0.999,
@@ -98,6 +98,8 @@ def _published(base: str, early_exit: int) -> ConfigDict:
             },
             # How `launch.adapt` and the evaluation cut documents.
             'chunk_length': 1024,
+            # Gates below it are shut then; see `DocToLora`.
+            'min_gate': 0.0,
         }
     )
 
@@ -138,54 +140,23 @@ def _smollm2() -> ConfigDict:
         'max_repeats': 1,
         'question': '',
     }
+    short = {**stage, 'tokens': (0, 60), 'chunk_length': 64, 'pool': 2, 'max_repeats': 2}
+    long = {**stage, 'tokens': (0, 124), 'chunk_length': 128, 'pool': 3, 'max_repeats': 8}
     config.data.stages = [
         {**bare, 'steps': 30, 'own_weight': 0.0},
         {**bare, 'steps': 370},
-        {**stage, 'steps': 200, 'tokens': (0, 60), 'chunk_length': 64, 'pool': 2, 'max_repeats': 2},
-        {
-            **stage,
-            'steps': 250,
-            'tokens': (0, 124),
-            'chunk_length': 128,
-            'pool': 3,
-            'max_repeats': 8,
-        },
-        {
-            **stage,
-            'steps': 350,
-            'tokens': (0, 252),
-            'chunk_length': 256,
-            'pool': 4,
-            'max_repeats': 64,
-        },
-        {
-            **stage,
-            'steps': 550,
-            'contexts': 20,
-            'tokens': (0, 124),
-            'chunk_length': 128,
-            'pool': 2,
-            'max_repeats': 64,
-        },
-        {
-            **stage,
-            'steps': 250,
-            'contexts': 20,
-            'tokens': (30, 124),
-            'chunk_length': 128,
-            'pool': 1,
-            'max_repeats': 64,
-            'haystacks': {'varied': 3.0, 'python_manual': 1.0, 'grass': 1.0},
-        },
+        {**short, 'steps': 200},
+        {**long, 'steps': 200},
+        {**long, 'steps': 1000, 'contexts': 20, 'tokens': (30, 124), 'pool': 4, 'max_repeats': 64},
     ]
     config.chunk_length = 128
+    config.min_gate = 0.25
     config.optimizer.update(
         {
             'learning_rate': 4e-4,
-            'end_learning_rate': 4e-5,
+            'end_learning_rate': 4e-6,
             'warmup_steps': 10,
             'b2': 0.98,
-            'restarts': ((1200, 0.3), (1750, 0.15)),
             'steps': sum(s['steps'] for s in config.data.stages),
         }
     )
@@ -219,7 +190,7 @@ def _tiny() -> ConfigDict:
         {**stage, 'steps': 3, 'tokens': (0, 0), 'chunk_length': 24, 'pool': 0, 'chunks': (1.0,)},
         {**stage, 'steps': 3, 'tokens': (16, 60), 'chunk_length': 64, 'pool': 1},
     ]
-    config.optimizer.update({'steps': 6, 'restarts': (), 'warmup_steps': 1})
+    config.optimizer.update({'steps': 6, 'warmup_steps': 1})
     config.log_every = 1
     config.checkpoint_every = 2
     return config

@@ -7,13 +7,12 @@ Source: Doc-to-LoRA (arXiv 2602.15902), section 3.1. Nothing here is differentia
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hyperlora.models.decoder import Decoder, first_layers
+from hyperlora.models.decoder import first_layers
 from hyperlora.models.families import DecoderConfig
 
 
@@ -25,9 +24,7 @@ def early_exit(
     Args:
       tokens: `[n, s]` int32, padded to the right.
     """
-    decoder = Decoder(dataclasses.replace(config, num_layers=num_layers))
-    params = jax.lax.stop_gradient(first_layers(params, num_layers))
-    return decoder.apply({'params': params}, tokens).hidden[:, None]
+    return first_layers(config, params, tokens, num_layers)[0][:, None]
 
 
 def per_layer_activations(config: DecoderConfig, params: Any, tokens: jax.Array) -> jax.Array:
@@ -35,11 +32,8 @@ def per_layer_activations(config: DecoderConfig, params: Any, tokens: jax.Array)
 
     The last block is never run.
     """
-    num_layers = config.num_layers - 1
-    decoder = Decoder(dataclasses.replace(config, num_layers=num_layers))
-    params = jax.lax.stop_gradient(first_layers(params, num_layers))
-    out = decoder.apply({'params': params}, tokens, return_block_inputs=True)
-    return jnp.concatenate([out.block_inputs, out.hidden[None]]).swapaxes(0, 1)
+    hidden, inputs = first_layers(config, params, tokens, config.num_layers - 1)
+    return jnp.concatenate([inputs, hidden[None]]).swapaxes(0, 1)
 
 
 CONTEXT_ENCODERS = {'early_exit': early_exit, 'per_layer_activations': per_layer_activations}

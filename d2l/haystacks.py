@@ -6,6 +6,7 @@ Every haystack is a source of sentences: a function (rng, count) -> consecutive 
 from __future__ import annotations
 
 import functools
+import importlib.resources
 import itertools
 import json
 import pathlib
@@ -194,6 +195,16 @@ def python_manual() -> tuple[str, ...]:
     return tuple(split_sentences(re.sub(r'[*`]', '', '\n\n'.join(running))))
 
 
+@functools.cache
+def data_set_descriptions() -> tuple[str, ...]:
+    """Sentences of the descriptions of its data sets that TensorFlow Datasets carries."""
+    files = importlib.resources.files('tensorflow_datasets').joinpath('datasets').iterdir()
+    pages = sorted((file / 'README.md' for file in files), key=str)
+    return tuple(
+        split_sentences('\n\n'.join(p.read_text(encoding='utf-8') for p in pages if p.is_file()))
+    )
+
+
 def from_file(path: str) -> Haystack:
     """Haystack of a UTF-8 text file or of the paragraphs of a file in SQuAD format.
 
@@ -220,6 +231,7 @@ HAYSTACKS = {
     'grass': lambda: grass,
     'varied': lambda: varied,
     'python_manual': lambda: consecutive(list(python_manual())),
+    'data_set_descriptions': lambda: consecutive(list(data_set_descriptions())),
 }
 
 

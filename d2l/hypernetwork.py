@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from d2l.perceiver import Perceiver, PerceiverConfig, torch_linear_init
+from d2l.perceiver import Perceiver, PerceiverConfig, dense, torch_linear_init
 from hyperlora.lora import Lora, LoraPair
 
 
@@ -82,23 +82,24 @@ class DocToLoraConfig:
 
 
 class PerLayerDense(nn.Module):
-    """A linear map with weights of its own for each layer: `[n, l, ..., i]` -> `[n, l, ..., o]`."""
+    """A linear map with own weights for each layer: `[l, m, n, r, i]` -> `[l, m, n, r, o]`."""
 
     features: int
+    axes: tuple[str, str]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        layers, width = x.shape[1], x.shape[-1]
+        layers, width = x.shape[0], x.shape[-1]
         init = nn.with_logical_partitioning(
-            torch_linear_init(batch_axis=(0,)), ('layers', 'latent', 'mlp')
+            torch_linear_init(batch_axis=(0,)), ('layers', *self.axes)
         )
         kernel = self.param('kernel', init, (layers, width, self.features))
         bias = self.param(
             'bias',
-            nn.with_logical_partitioning(nn.initializers.zeros, ('layers', 'mlp')),
+            nn.with_logical_partitioning(nn.initializers.zeros, ('layers', self.axes[1])),
             (layers, self.features),
         )
-        return jnp.einsum('nlmri,lio->nlmro', x, kernel) + bias[:, None, None]
+        return jnp.einsum('lmnri,lio->lmnro', x, kernel) + bias[:, None, None, None]
 
 
 class ResidualMlp(nn.Module):
@@ -108,14 +109,15 @@ class ResidualMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def linear(features, name):
+        def linear(features, axes, name):
             if self.per_layer:
-                return PerLayerDense(features, name=name)
-            return nn.Dense(features, kernel_init=torch_linear_init(), name=name)
+                return PerLayerDense(features, axes, name=name)
+            return dense(features, axes, name, use_bias=True)
 
         width = x.shape[-1]
         y = nn.LayerNorm(epsilon=1e-5, name='norm_in')(x)
-        y = linear(width, 'down')(nn.silu(linear(4 * width, 'up')(y)))
+        y = nn.silu(linear(4 * width, ('latent', 'mlp'), 'up')(y))
+        y = linear(width, ('mlp', 'latent'), 'down')(y)
         return x + nn.LayerNorm(epsilon=1e-5, name='norm_out')(y)
 
 
@@ -126,7 +128,11 @@ class DocToLora(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: jax.Array, mask: jax.Array, iterative: bool = False
+        self,
+        features: jax.Array,
+        mask: jax.Array,
+        iterative: bool = False,
+        min_gate: float = 0.0,
     ) -> tuple[Lora, Lora | None]:
         """Generates LoRAs in one forward pass.
 
@@ -135,6 +141,9 @@ class DocToLora(nn.Module):
           mask: `[n, s]` bool, True for tokens.
           iterative: run the Perceiver on one layer (`layer_to_layer`) or one chunk at a time:
             same result, less memory.
+          min_gate: gates below it are shut. Training pushes the gate of an empty chunk only just to
+            0, where its gradient ends; a threshold between there and the gates of chunks that
+            speak keeps both at a distance. 0 in training.
 
         Returns:
           A Lora of n rows and rank r, and a Lora of one row (or None without `use_bias`).
@@ -143,6 +152,8 @@ class DocToLora(nn.Module):
         chunks, modules = features.shape[0], len(c.dims)
         latents, x = self._perceive(features, mask, iterative)
         x = x.reshape(chunks, c.num_layers, modules, c.rank, c.latent_size)
+        # Layers and modules first, as in the weights: the products below are plain batched ones.
+        x = x.transpose(1, 2, 0, 3, 4)
         for i in range(c.num_pre_head_layers):
             x = ResidualMlp(c.per_layer_processing, name=f'pre_head_{i}')(x)
         x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
@@ -156,7 +167,7 @@ class DocToLora(nn.Module):
             ),
             (c.num_layers, modules, c.latent_size, widest),
         )
-        flat = jnp.einsum('nlmrd,lmdo->lmnro', x, head)
+        flat = jnp.einsum('lmnrd,lmdo->lmnro', x, head)
         if c.gate:
             # Pooled over the latents: whether this chunk says anything at all. Starts open.
             gate = nn.Dense(
@@ -167,6 +178,7 @@ class DocToLora(nn.Module):
             )(latents.mean(-2)).transpose(1, 0, 2)[..., None]  # [e, n, 1, 1]
             # Stretched beyond [0, 1] and cut off, so that a shut gate is exactly 0.
             gate = jnp.clip(1.2 * nn.sigmoid(gate) - 0.1, 0, 1)
+            gate = jnp.where(gate < min_gate, 0, gate)
 
         chunk_pairs, shared_pairs = {}, {}
         for m, (name, i, o) in enumerate(c.dims):

@@ -29,7 +29,9 @@ def _generate(trained: Trained):
     """Jitted generation for a chunk batch; one per model, so that shapes compile once."""
 
     def run(params, frozen, context, iterative):
-        return trained.hypernetwork.generate(params, frozen, context, iterative=iterative)
+        return trained.hypernetwork.generate(
+            params, frozen, context, iterative=iterative, min_gate=trained.config.min_gate
+        )
 
     return jax.jit(run, static_argnames='iterative')
 

@@ -16,7 +16,7 @@ import numpy as np
 from hyperlora.errors import UserError
 from hyperlora.lora import Lora
 from hyperlora.models.base import BaseModel
-from hyperlora.models.decoder import Decoder, init_cache
+from hyperlora.models.decoder import Decoder
 
 
 @functools.partial(jax.jit, static_argnames=('decoder', 'max_new_tokens'))
@@ -51,10 +51,7 @@ def greedy(
         logits = decoder.apply({'params': params}, hidden, method='unembed')
         return logits.argmax(-1).astype(jnp.int32)
 
-    dtype = params['embedder']['embedding'].dtype
-    cache = init_cache(decoder.config, batch, prompt_length + max_new_tokens, dtype)
-    positions = jnp.broadcast_to(jnp.arange(prompt_length), prompts.shape)
-    out = apply(prompts, positions=positions, cache=cache)
+    out = apply(prompts, cache_length=prompt_length + max_new_tokens)
     token = choose(jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, 1)[:, 0])
     answers = jnp.full((batch, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
 

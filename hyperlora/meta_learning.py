@@ -55,24 +55,10 @@ class TrainState:
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up, then cosine decay from `learning_rate` to `end_learning_rate`.
-
-    At each (step, factor) of `restarts` it begins again, with both rates times the factor (SGDR,
-    arXiv 1608.03983); the last cycle ends at the last step.
-    """
-    starts = [step for step, _ in config.restarts]
-    factors = [1.0, *(factor for _, factor in config.restarts)]
-    cycles = [
-        optax.warmup_cosine_decay_schedule(
-            0.0,
-            factor * config.learning_rate,
-            0 if start else config.warmup_steps,
-            end - start,
-            factor * config.end_learning_rate,
-        )
-        for start, end, factor in zip([0, *starts], [*starts, config.steps], factors, strict=True)
-    ]
-    return optax.join_schedules(cycles, starts)
+    """Linear warm-up, then cosine decay from `learning_rate` to `end_learning_rate`."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, config.steps, config.end_learning_rate
+    )
 
 
 def decayed(params: Any) -> Any:
@@ -294,10 +280,12 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         last_step = config.optimizer.steps
         progress = Progress(last_step, start)
         stop = _StopOnSignal()
+        metrics = None
         for step in range(start + 1, last_step + 1):
             batch = jax.device_put(next(batches), batch_place)
             examples = batch['query']['tokens'].shape[0] * batch['query']['tokens'].shape[1]
-            state, metrics = step_fn(state, frozen, batch)
+            before, (state, metrics) = metrics, step_fn(state, frozen, batch)
+            jax.block_until_ready(before)  # steps are dispatched one ahead: rates are real
             progress.update(step, examples)
             stopping = stop.requested or checkpointer.reached_preemption(step)
             saving = stopping or step == last_step or step % config.checkpoint_every == 0

@@ -1,6 +1,5 @@
 """The decoder and greedy generation: real answers, caches, padding, packing, precision."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,8 +11,8 @@ from conftest import TINY
 from d2l.hypernetwork import module_dims
 from hyperlora import generation, lora
 from hyperlora.errors import UserError
-from hyperlora.models import decoder as decoder_lib
-from hyperlora.models.decoder import Decoder, first_layers
+from hyperlora.models import attention as attention_lib
+from hyperlora.models.decoder import REMAT_POLICIES, Decoder, first_layers
 
 TOKENS = np.random.default_rng(0).integers(4, 128, (3, 24)).astype(np.int32)
 
@@ -188,12 +187,16 @@ def test_blocked_attention_is_unblocked_attention(tiny, monkeypatch, packed):
     kwargs = {'segments': np.repeat([[0, 1, 2]], 8, 1).repeat(3, 0)} if packed else {}
     decoder = Decoder(tiny.config)
     whole = decoder.apply({'params': tiny.params}, TOKENS, **kwargs).hidden
-    looped = []
-    loop = jax.lax.map
-    monkeypatch.setattr(decoder_lib, '_QUERY_BLOCK', 8)
-    monkeypatch.setattr(jax.lax, 'map', lambda *args: (looped.append(1), loop(*args))[1])
+    keys = []
+    attend = attention_lib.attention
+    monkeypatch.setattr(attention_lib, '_QUERY_BLOCK', 10)
+    monkeypatch.setattr(
+        attention_lib,
+        'attention',
+        lambda q, k, *args: (keys.append(k.shape[1]), attend(q, k, *args))[1],
+    )
     blocked = decoder.apply({'params': tiny.params}, TOKENS, **kwargs).hidden
-    assert looped
+    assert set(keys) == {10, 20, 24}  # no block looks past its own end
     np.testing.assert_allclose(blocked, whole, atol=1e-5)
 
 
@@ -216,7 +219,7 @@ def test_remat_changes_no_gradient(tiny):
 
     kept = gradient('none')
     assert all(np.abs(x).max() > 1e-2 for x in jax.tree.leaves(kept))
-    for remat in set(decoder_lib.REMAT_POLICIES) - {'none'}:
+    for remat in set(REMAT_POLICIES) - {'none'}:
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max()),
             gradient(remat),
@@ -228,8 +231,9 @@ def test_bfloat16_stays_bfloat16_and_close(tiny):
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params)
     adapter = random_lora(tiny.config, 1)
     decoder = Decoder(tiny.config)
-    out = decoder.apply({'params': low}, TOKENS, lora=adapter, return_block_inputs=True)
-    assert out.hidden.dtype == out.block_inputs.dtype == jnp.bfloat16
+    out = decoder.apply({'params': low}, TOKENS, lora=adapter)
+    assert out.hidden.dtype == jnp.bfloat16
+    assert all(x.dtype == jnp.bfloat16 for x in first_layers(TINY, low, TOKENS, 2))
     logits = decoder.apply({'params': low}, out.hidden, method='unembed')
     assert logits.dtype == jnp.float32
     full = np.asarray(run(decoder, tiny.params, TOKENS, lora=adapter))
@@ -239,16 +243,17 @@ def test_bfloat16_stays_bfloat16_and_close(tiny):
     assert cached.shape == (3, 4)
 
 
-def test_block_inputs_are_outputs_of_the_layers_before(tiny):
-    decoder = Decoder(tiny.config)
-    out = decoder.apply({'params': tiny.params}, TOKENS, return_block_inputs=True)
-    assert out.block_inputs.shape == (3, 3, 24, 32)
-    assert decoder.apply({'params': tiny.params}, TOKENS).block_inputs is None
-    np.testing.assert_array_equal(out.block_inputs[0], tiny.params['embedder']['embedding'][TOKENS])
+def test_first_layers_are_those_of_the_decoder(tiny):
+    hidden, inputs = first_layers(TINY, tiny.params, TOKENS, 3)
+    np.testing.assert_allclose(hidden, run(Decoder(TINY), tiny.params, TOKENS), atol=1e-5)
+    assert inputs.shape == (3, 3, 24, 32)
+    np.testing.assert_array_equal(inputs[0], tiny.params['embedder']['embedding'][TOKENS])
     scale = tiny.params['final_norm']['scale']
-    x = out.block_inputs[2]
+    x = inputs[2]
     normed = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + TINY.norm_eps) * scale
-    shallow = Decoder(dataclasses.replace(TINY, num_layers=2))
-    np.testing.assert_allclose(
-        run(shallow, first_layers(tiny.params, 2), TOKENS), normed, atol=1e-5
-    )
+    np.testing.assert_allclose(first_layers(TINY, tiny.params, TOKENS, 2)[0], normed, atol=1e-5)
+
+
+def test_first_layers_pass_no_gradient(tiny):
+    gradient = jax.grad(lambda p: first_layers(TINY, p, TOKENS, 2)[0].sum())(tiny.params)
+    assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradient))

@@ -95,7 +95,8 @@ def test_long_documents_are_folded_without_loss(model, monkeypatch):
 
 
 def with_gate(model, value):
-    gate = {**model.params['gate'], 'bias': np.full(1, value, np.float32)}
+    kernel = np.zeros_like(model.params['gate']['kernel'])
+    gate = {'kernel': kernel, 'bias': np.full(1, value, np.float32)}
     return dataclasses.replace(model, params={**model.params, 'gate': gate})
 
 
@@ -115,6 +116,15 @@ def test_a_shut_gate_is_silent(model):
         for value in (50.0, 90.0)
     ]
     jax.tree.map(np.testing.assert_array_equal, *own)
+
+
+def test_gates_below_the_threshold_are_shut(model):
+    tokens = document(0, sentences=3)
+    chunks = len(set(Internalizer(model).split(tokens)))
+    assert model.config.min_gate == 0.25
+    for value, ranks in ((-1.0, 0), (-0.8, chunks)):  # gates of 0.22 and 0.27
+        lora = Internalizer(with_gate(model, value))(tokens)
+        assert lora.rank == 8 * (ranks + 1)
 
 
 def test_many_answers_are_each_ones_answer(model):

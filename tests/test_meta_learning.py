@@ -175,11 +175,6 @@ def test_learning_rate_warms_up_and_decays():
     assert [float(rate(step)) for step in (0, 5, 10, 55, 100)] == pytest.approx(
         [0, 5e-4, 1e-3, (1e-3 + 1e-5) / 2, 1e-5], rel=1e-4
     )
-    optimizer.restarts = ((40, 0.5), (60, 0.25))
-    rate = meta_learning.learning_rate(optimizer)
-    assert [float(rate(step)) for step in (10, 39.9999, 40, 60, 80, 100)] == pytest.approx(
-        [1e-3, 1e-5, 5e-4, 2.5e-4, (2.5e-4 + 2.5e-6) / 2, 2.5e-6], rel=1e-3
-    )
 
 
 # ----------------------------------------------------------------------------------- the loop

@@ -18,6 +18,7 @@ from flax import struct
 
 from hyperlora import lora as lora_lib
 from hyperlora.lora import Lora
+from hyperlora.models.attention import attention, causal_attention
 from hyperlora.models.families import DecoderConfig
 
 REMAT_POLICIES = {
@@ -25,7 +26,6 @@ REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-_QUERY_BLOCK = 512  # longer sequences are attended block by block: memory linear in s
 
 
 @struct.dataclass
@@ -42,19 +42,11 @@ class DecoderOutput:
 
     Attributes:
       hidden: `[b, s, d]`, after the final norm.
-      block_inputs: `[l, b, s, d]`, the input of every block, or None if not asked for.
       cache: the updated KVCache, or None.
     """
 
     hidden: jax.Array
-    block_inputs: jax.Array | None
     cache: KVCache | None
-
-
-def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any) -> KVCache:
-    """An empty cache for `batch` rows of at most `length` tokens."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -70,49 +62,6 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
-
-
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_index: jax.Array,
-    q_segments: jax.Array | None,
-    k_segments: jax.Array | None,
-) -> jax.Array:
-    """Causal grouped-query attention with the softmax in f32.
-
-    Args:
-      q: `[b, s, heads, h]`, k and v: `[b, t, k, h]`.
-      q_index: `[b, s]`, index of each query among the keys: it sees keys 0..index.
-      q_segments, k_segments: `[b, s]` and `[b, t]`; tokens of other segments are not seen.
-
-    Returns:
-      `[b, s, heads * h]`.
-    """
-    batch, tokens, heads, width = q.shape
-    kv_heads = k.shape[2]
-
-    def attend(q, q_index, q_segments):
-        q = q.reshape(batch, -1, kv_heads, heads // kv_heads, width) * width**-0.5
-        scores = jnp.einsum('bskqh,btkh->bkqst', q, k, preferred_element_type=jnp.float32)
-        visible = jnp.arange(k.shape[1]) <= q_index[:, :, None]
-        if q_segments is not None:
-            visible &= q_segments[:, :, None] == k_segments[:, None, :]
-        scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum('bkqst,btkh->bskqh', weights, v).reshape(batch, -1, heads * width)
-
-    if tokens <= _QUERY_BLOCK or tokens % _QUERY_BLOCK:
-        return attend(q, q_index, q_segments)
-
-    def split(x):
-        blocks = x.reshape(batch, tokens // _QUERY_BLOCK, _QUERY_BLOCK, *x.shape[2:])
-        return blocks.swapaxes(0, 1)
-
-    blocks = jax.tree.map(split, (q, q_index, q_segments))
-    out = jax.lax.map(lambda block: attend(*block), blocks)
-    return out.swapaxes(0, 1).reshape(batch, tokens, heads * width)
 
 
 class RMSNorm(nn.Module):
@@ -157,6 +106,7 @@ class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
     config: DecoderConfig
+    cache_length: int | None
 
     @nn.compact
     def __call__(self, x, positions, segments, cache, adapt):
@@ -171,14 +121,18 @@ class Attention(nn.Module):
         k = rope(project('k_proj', c.num_kv_heads), positions, c.rope_theta)
         v = project('v_proj', c.num_kv_heads)
         if cache is None:
-            index = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
+            y = causal_attention(q, k, v, segments)
+            if self.cache_length is not None:
+                room = ((0, 0), (0, self.cache_length - tokens), (0, 0), (0, 0))
+                cache = KVCache(jnp.pad(k, room), jnp.pad(v, room))
         else:
             # Slot = position, and a query sees slots 0..position: padding to the right of a
             # prompt is overwritten by the generated tokens before any query can see it.
             rows = jnp.arange(batch)[:, None]
             cache = KVCache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
-            k, v, index = cache.k, cache.v, positions
-        y = attention(q, k, v, index, segments, segments)
+            y = attention(
+                q, cache.k, cache.v, jnp.arange(cache.k.shape[1]) <= positions[:, :, None]
+            )
         return Projection(x.shape[-1], ('heads', 'embed'), name='o_proj')(y, adapt), cache
 
 
@@ -199,19 +153,19 @@ class Block(nn.Module):
     """One layer; the body of the scan."""
 
     config: DecoderConfig
-    return_input: bool
+    cache_length: int | None
 
     @nn.compact
     def __call__(self, x, pairs, cache, positions, segments, scaling, rank_weights):
         c = self.config
         adapt = Adaptation(pairs, scaling, rank_weights)
         x = nn.with_logical_constraint(x, ('batch', 'length', 'embed_activation'))
-        y, cache = Attention(c, name='attention')(
+        y, cache = Attention(c, self.cache_length, name='attention')(
             RMSNorm(c.norm_eps, name='attention_norm')(x), positions, segments, cache, adapt
         )
         h = x + y
         out = h + Mlp(c, name='mlp')(RMSNorm(c.norm_eps, name='mlp_norm')(h), adapt)
-        return out, (x if self.return_input else None, cache)
+        return out, cache
 
 
 class Decoder(nn.Module):
@@ -244,7 +198,7 @@ class Decoder(nn.Module):
         lora: Lora | None = None,
         rank_weights: jax.Array | None = None,
         cache: KVCache | None = None,
-        return_block_inputs: bool = False,
+        cache_length: int | None = None,
     ) -> DecoderOutput:
         """Runs all layers.
 
@@ -255,8 +209,8 @@ class Decoder(nn.Module):
             together with a cache.
           lora: applied to its modules; its rows divide b.
           rank_weights: see `lora.project`.
-          cache: if given, keys and values are written at `positions` and attended to.
-          return_block_inputs: also return the input of every block.
+          cache: of earlier tokens; keys and values are written at `positions` and attended to.
+          cache_length: without a cache, make one with room for so many tokens, slot = index here.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -270,15 +224,13 @@ class Decoder(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: 'layers'},
-        )(self.config, return_block_inputs, name='layers')
+        )(self.config, cache_length, name='layers')
         pairs, scaling = (None, None) if lora is None else (lora.pairs, lora.scaling)
         if scaling is not None:
             scaling = jnp.asarray(scaling, jnp.float32)
         x = self.embedder.embedding[tokens]
-        x, (block_inputs, cache) = layers(
-            x, pairs, cache, positions, segments, scaling, rank_weights
-        )
-        return DecoderOutput(self.final_norm(x), block_inputs, cache)
+        x, cache = layers(x, pairs, cache, positions, segments, scaling, rank_weights)
+        return DecoderOutput(self.final_norm(x), cache)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits in f32, `[..., d]` -> `[..., v]`."""
@@ -304,6 +256,31 @@ class _Embedder(nn.Module):
         self.embedding = self.param('embedding', self.init, (self.vocab_size, self.width))
 
 
-def first_layers(params: Any, count: int) -> Any:
-    """Parameters of the decoder that stops after its first `count` layers (no copy under jit)."""
-    return {**params, 'layers': jax.tree.map(lambda p: p[:count], params['layers'])}
+def first_layers(
+    config: DecoderConfig, params: Any, tokens: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the first `count` layers of a decoder, without a gradient.
+
+    The layers' weights are read where they lie: a decoder of fewer layers would copy its slice.
+
+    Args:
+      tokens: `[b, s]` int32, padded to the right.
+
+    Returns:
+      The final norm of the last layer's output, `[b, s, d]`, and the input of every layer,
+      `[count, b, s, d]` (not computed under jit if not used).
+    """
+    params = jax.lax.stop_gradient(params)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+    def layer(x, index):
+        own = jax.tree.map(
+            lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), params['layers']
+        )
+        out, _ = Block(config, None).apply(
+            {'params': own}, x, None, None, positions, None, None, None
+        )
+        return out, x
+
+    x, inputs = jax.lax.scan(layer, params['embedder']['embedding'][tokens], jnp.arange(count))
+    return RMSNorm(config.norm_eps).apply({'params': params['final_norm']}, x), inputs

@@ -1,0 +1,64 @@
+"""Attention and its hand-written gradient, against jax.nn and automatic differentiation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hyperlora.models.attention import attention, causal_attention
+
+RNG = np.random.default_rng(0)
+Q, K, V = (
+    RNG.normal(size=(2, length, heads, 8)).astype(np.float32)
+    for length, heads in ((6, 6), (9, 3), (9, 3))
+)
+MASK = RNG.random((2, 6, 9)) < 0.7
+MASK[:, :, 0] = True
+
+
+def reference(q, k, v, visible):
+    mask = None if visible is None else jnp.broadcast_to(visible, MASK.shape)[:, None]
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    return y.reshape(*y.shape[:2], -1)
+
+
+@pytest.mark.parametrize('visible', [None, MASK, MASK[:1], MASK[:, :1]])
+def test_attention_and_its_gradient(visible):
+    weight = RNG.normal(size=(2, 6, 48)).astype(np.float32)
+
+    def loss(function):
+        def run(q, k, v):
+            y = function(q, k, v, visible)
+            return (weight * jnp.sin(y)).sum(), y
+
+        return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))(Q, K, V)
+
+    (_, ours), gradient = loss(attention)
+    (_, theirs), expected = loss(reference)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for a, b in zip(gradient, expected, strict=True):
+        assert np.abs(b).max() > 0.1
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_causal_token_sees_no_later_one_and_no_other_segment():
+    k, v = K[:, :6], V[:, :6]
+    y = causal_attention(Q, k, v)
+    for position in range(6):
+        changed = v.copy()
+        changed[:, position + 1 :] += 1
+        np.testing.assert_array_equal(
+            causal_attention(Q, k, changed)[:, : position + 1], y[:, : position + 1]
+        )
+    packed = causal_attention(Q, k, v, np.asarray([[0, 0, 0, 1, 1, 1]] * 2))
+    np.testing.assert_allclose(packed[:, :3], y[:, :3], atol=1e-6)
+    alone = causal_attention(Q[:, 3:], k[:, 3:], v[:, 3:])
+    np.testing.assert_allclose(packed[:, 3:], alone, atol=1e-6)
+    assert np.abs(packed[:, 3:] - y[:, 3:]).max() > 0.1
+
+
+def test_low_precision_stays_low():
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (Q, K, V)]
+    y, gradient = jax.value_and_grad(lambda *x: attention(*x).astype(jnp.float32).sum())(*low)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(attention(*low).astype(jnp.float32), attention(Q, K, V), atol=0.05)
