@@ -25,7 +25,7 @@ from configs import d2l_niah
 from hyperlora.models import families, weights
 from hyperlora.models.base import BaseModel, load_base
 from hyperlora.models.decoder import Decoder
-from hyperlora.models.families import DecoderConfig
+from hyperlora.models.families import DecoderConfig, Rope
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 TINY = DecoderConfig(
@@ -36,7 +36,7 @@ TINY = DecoderConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
-    rope_theta=10000.0,
+    rope=Rope(10000.0),
     norm_eps=1e-5,
     max_length=256,
     tie_embeddings=True,
@@ -72,7 +72,7 @@ def tiny_base(seed=0):
     init = functools.partial(Decoder(TINY).init, method='init_all')
     params = nn.unbox(jax.jit(init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32)))['params']
     params['embedder']['embedding'] *= 10
-    return BaseModel('tiny', TINY, params, CharTokenizer(), weights.fingerprint(TINY, params))
+    return BaseModel('tiny', TINY, params, CharTokenizer(), weights.fingerprint(params))
 
 
 def tiny_training():

@@ -14,7 +14,7 @@ from d2l import chunking, haystacks, niah
 from hyperlora import data, hypernetwork
 from hyperlora.errors import UserError
 from hyperlora.meta_learning import make_optimizer
-from hyperlora.models.families import DecoderConfig
+from hyperlora.models.families import DecoderConfig, Rope
 from hyperlora.objectives import OBJECTIVES
 
 NEEDLE = re.compile(r'The special magic number is (\d+)\.')
@@ -289,7 +289,7 @@ GEMMA_2_2B = DecoderConfig(
     num_heads=8,
     num_kv_heads=4,
     head_dim=256,
-    rope_theta=10000.0,
+    rope=Rope(10000.0),
     norm_eps=1e-6,
     max_length=8192,
     tie_embeddings=True,

@@ -4,7 +4,6 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -44,8 +43,7 @@ def load_base(name: str, dtype: DTypeLike = jnp.float32) -> BaseModel:
     fields, tensors = weights.read_gguf(_locate(name))
     tokenizer = Tokenizer.from_gguf(fields)
     config, params = weights.from_gguf(fields, tensors, jnp.dtype(dtype))
-    mark = weights.fingerprint(config, params)
-    return BaseModel(name, config, jax.tree.map(jnp.asarray, params), tokenizer, mark)
+    return BaseModel(name, config, params, tokenizer, weights.fingerprint(params))
 
 
 def _locate(name: str) -> Path:

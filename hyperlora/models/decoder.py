@@ -9,6 +9,7 @@ A `Lora` enters the scan over layers as one more scanned input.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -18,13 +19,18 @@ from flax import struct
 
 from hyperlora import lora as lora_lib
 from hyperlora.lora import Lora
-from hyperlora.models.attention import attention, causal_attention
-from hyperlora.models.families import DecoderConfig
+from hyperlora.models.attention import attention, causal_attention, sees
+from hyperlora.models.families import DecoderConfig, Rope
 
 REMAT_POLICIES = {
     'none': jax.checkpoint_policies.everything_saveable,
     'full': jax.checkpoint_policies.nothing_saveable,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+ACTIVATIONS = {
+    'silu': nn.silu,
+    'gelu': functools.partial(nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(nn.gelu, approximate=True),
 }
 
 
@@ -49,48 +55,89 @@ class DecoderOutput:
     cache: KVCache | None
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding, halves rotated against each other (the Hugging Face layout).
+Angles = tuple[jax.Array, jax.Array]  # sine and cosine, `[b, s, 1, h / 2]` f32 each
 
-    Args:
-      x: `[b, s, heads, h]`.
+
+@struct.dataclass
+class Places:
+    """Where the tokens of a pass stand; the same for all layers.
+
+    Attributes:
       positions: `[b, s]` int32.
+      segments: `[b, s]` or None, see `Decoder`.
+      together: `[b, s]` or None, see `Decoder`.
+      angles: of rope in global layers.
+      local_angles: in local layers, None where they are the same.
     """
-    half = x.shape[-1] // 2
-    inverse_frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequency
-    sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
+
+    positions: jax.Array
+    segments: jax.Array | None
+    together: jax.Array | None
+    angles: Angles
+    local_angles: Angles | None
+
+
+def places(
+    config: DecoderConfig,
+    positions: jax.Array,
+    segments: jax.Array | None = None,
+    together: jax.Array | None = None,
+) -> Places:
+    """Computes the angles of rope, once for all layers."""
+
+    def angles(rope: Rope) -> Angles:
+        frequencies = rope.frequencies(config.head_dim)
+        turned = positions[..., None, None].astype(jnp.float32) * frequencies
+        return jnp.sin(turned), jnp.cos(turned)
+
+    local = None if config.local_rope is None else angles(config.local_rope)
+    return Places(positions, segments, together, angles(config.rope), local)
+
+
+def rotate(x: jax.Array, angles: Angles) -> jax.Array:
+    """Rotary embedding of `[b, s, heads, h]`, halves against each other (as Hugging Face)."""
+    sin, cos = angles
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, computed in f32."""
+    """Root-mean-square norm over the last axis, computed in f32.
+
+    Attributes:
+      eps: added to the mean square.
+      offset: added to the learned scale.
+    """
 
     eps: float
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param(
-            'scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (x.shape[-1],)
-        )
+        init = nn.initializers.constant(1 - self.offset)
+        scale = self.param('scale', nn.with_logical_partitioning(init, ('norm',)), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.eps)
-        return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+        return (normed * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
 
 
 class Projection(nn.Module):
-    """A linear map without bias that carries an optional LoRA; kernel `[i, o]`."""
+    """A linear map that carries an optional LoRA; kernel `[i, o]`."""
 
     features: int
     axes: tuple[str, str]
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, adapt: Adaptation) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), self.axes)
         kernel = self.param('kernel', init, (x.shape[-1], self.features)).astype(x.dtype)
         pair = None if adapt.pairs is None else adapt.pairs.get(self.name)
-        return lora_lib.project(x, kernel, pair, adapt.scaling, adapt.rank_weights)
+        y = lora_lib.project(x, kernel, pair, adapt.scaling, adapt.rank_weights)
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            y += self.param('bias', zeros, (self.features,)).astype(x.dtype)
+        return y
 
 
 @struct.dataclass
@@ -109,44 +156,64 @@ class Attention(nn.Module):
     cache_length: int | None
 
     @nn.compact
-    def __call__(self, x, positions, segments, cache, adapt):
+    def __call__(self, x, places, local, cache, adapt):
         c = self.config
         batch, tokens, _ = x.shape
 
         def project(name, heads):
-            y = Projection(heads * c.head_dim, ('embed', 'heads'), name=name)(x, adapt)
+            features = heads * c.head_dim
+            y = Projection(features, ('embed', 'heads'), c.qkv_bias, name=name)(x, adapt)
             return y.reshape(batch, tokens, heads, c.head_dim)
 
-        q = rope(project('q_proj', c.num_heads), positions, c.rope_theta)
-        k = rope(project('k_proj', c.num_kv_heads), positions, c.rope_theta)
+        angles = places.angles
+        if places.local_angles is not None:
+            angles = jax.tree.map(
+                lambda own, other: jnp.where(local, own, other), places.local_angles, angles
+            )
+
+        def turn(y, norm):
+            if c.qk_norm:
+                y = RMSNorm(c.norm_eps, c.norm_offset, name=norm)(y)
+            return rotate(y, angles)
+
+        q = turn(project('q_proj', c.num_heads), 'q_norm')
+        k = turn(project('k_proj', c.num_kv_heads), 'k_norm')
         v = project('v_proj', c.num_kv_heads)
+        settings = {'scale': c.query_scale, 'softcap': c.attention_softcap}
         if cache is None:
-            y = causal_attention(q, k, v, segments)
+            y = causal_attention(
+                q, k, v, places.segments, places.together, c.attention_window, local, **settings
+            )
             if self.cache_length is not None:
                 room = ((0, 0), (0, self.cache_length - tokens), (0, 0), (0, 0))
                 cache = KVCache(jnp.pad(k, room), jnp.pad(v, room))
         else:
             # Slot = position, and a query sees slots 0..position: padding to the right of a
             # prompt is overwritten by the generated tokens before any query can see it.
-            rows = jnp.arange(batch)[:, None]
-            cache = KVCache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
-            y = attention(
-                q, cache.k, cache.v, jnp.arange(cache.k.shape[1]) <= positions[:, :, None]
-            )
-        return Projection(x.shape[-1], ('heads', 'embed'), name='o_proj')(y, adapt), cache
+            at = jnp.arange(batch)[:, None], places.positions
+            cache = KVCache(cache.k.at[at].set(k), cache.v.at[at].set(v))
+            slots = jnp.arange(cache.k.shape[1])
+            visible = sees(places.positions, slots, c.attention_window, local)
+            y = attention(q, cache.k, cache.v, visible, **settings)
+        out = Projection(x.shape[-1], ('heads', 'embed'), c.output_bias, name='o_proj')
+        return out(y, adapt), cache
 
 
 class Mlp(nn.Module):
-    """Gated MLP (SwiGLU)."""
+    """Gated MLP."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x, adapt):
         c = self.config
-        gate = Projection(c.mlp_width, ('embed', 'mlp'), name='gate_proj')(x, adapt)
-        up = Projection(c.mlp_width, ('embed', 'mlp'), name='up_proj')(x, adapt)
-        return Projection(c.width, ('mlp', 'embed'), name='down_proj')(nn.silu(gate) * up, adapt)
+
+        def project(name, features, axes, x):
+            return Projection(features, axes, c.mlp_bias, name=name)(x, adapt)
+
+        gate = project('gate_proj', c.mlp_width, ('embed', 'mlp'), x)
+        up = project('up_proj', c.mlp_width, ('embed', 'mlp'), x)
+        return project('down_proj', c.width, ('mlp', 'embed'), ACTIVATIONS[c.activation](gate) * up)
 
 
 class Block(nn.Module):
@@ -156,16 +223,33 @@ class Block(nn.Module):
     cache_length: int | None
 
     @nn.compact
-    def __call__(self, x, pairs, cache, positions, segments, scaling, rank_weights):
+    def __call__(self, x, pairs, cache, local, places, scaling, rank_weights):
         c = self.config
         adapt = Adaptation(pairs, scaling, rank_weights)
+        if local is None:  # all layers are of one kind
+            local = any(c.local_layers)
+
+        def norm(name, x):
+            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
+
         x = nn.with_logical_constraint(x, ('batch', 'length', 'embed_activation'))
         y, cache = Attention(c, self.cache_length, name='attention')(
-            RMSNorm(c.norm_eps, name='attention_norm')(x), positions, segments, cache, adapt
+            norm('attention_norm', x), places, local, cache, adapt
         )
-        h = x + y
-        out = h + Mlp(c, name='mlp')(RMSNorm(c.norm_eps, name='mlp_norm')(h), adapt)
-        return out, cache
+        h = x + (norm('attention_post_norm', y) if c.post_norms else y)
+        y = Mlp(c, name='mlp')(norm('mlp_norm', h), adapt)
+        return h + (norm('mlp_post_norm', y) if c.post_norms else y), cache
+
+
+def local_flags(config: DecoderConfig) -> jax.Array | None:
+    """`[l]` bool: which layers are local; None if all are of one kind."""
+    mixed = len(set(config.local_layers)) > 1
+    return jnp.asarray(config.local_layers) if mixed else None
+
+
+def embed(config: DecoderConfig, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """What the first layer reads: `[b, s]` tokens, `[v, d]` embeddings -> `[b, s, d]`."""
+    return table[tokens] * jnp.asarray(config.embedding_scale, table.dtype)
 
 
 class Decoder(nn.Module):
@@ -187,7 +271,7 @@ class Decoder(nn.Module):
         self.embedder = _Embedder(c.vocab_size, c.width, init)
         if not c.tie_embeddings:
             self.unembedder = _Embedder(c.vocab_size, c.width, init)
-        self.final_norm = RMSNorm(c.norm_eps)
+        self.final_norm = RMSNorm(c.norm_eps, c.norm_offset)
 
     @nn.compact
     def __call__(
@@ -212,6 +296,7 @@ class Decoder(nn.Module):
           cache: of earlier tokens; keys and values are written at `positions` and attended to.
           cache_length: without a cache, make one with room for so many tokens, slot = index here.
         """
+        c = self.config
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         block = Block
@@ -221,26 +306,35 @@ class Decoder(nn.Module):
             block,
             variable_axes={'params': 0},
             split_rngs={'params': True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=self.config.num_layers,
+            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: 'layers'},
-        )(self.config, cache_length, name='layers')
+        )(c, cache_length, name='layers')
         pairs, scaling = (None, None) if lora is None else (lora.pairs, lora.scaling)
         if scaling is not None:
             scaling = jnp.asarray(scaling, jnp.float32)
-        x = self.embedder.embedding[tokens]
-        x, cache = layers(x, pairs, cache, positions, segments, scaling, rank_weights)
+        x, cache = layers(
+            embed(c, self.embedder.embedding, tokens),
+            pairs,
+            cache,
+            local_flags(c),
+            places(c, positions, segments),
+            scaling,
+            rank_weights,
+        )
         return DecoderOutput(self.final_norm(x), cache)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits in f32, `[..., d]` -> `[..., v]`."""
         table = self.embedder if self.config.tie_embeddings else self.unembedder
-        return jnp.einsum(
+        logits = jnp.einsum(
             '...d,vd->...v',
             hidden,
             table.embedding.astype(hidden.dtype),
             preferred_element_type=jnp.float32,
         )
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def init_all(self, tokens: jax.Array) -> jax.Array:
         """Touches every parameter; for `init` only."""
@@ -257,30 +351,43 @@ class _Embedder(nn.Module):
 
 
 def first_layers(
-    config: DecoderConfig, params: Any, tokens: jax.Array, count: int
+    config: DecoderConfig,
+    params: Any,
+    x: jax.Array,
+    count: int,
+    segments: jax.Array | None = None,
+    together: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the first `count` layers of a decoder, without a gradient.
 
     The layers' weights are read where they lie: a decoder of fewer layers would copy its slice.
 
     Args:
-      tokens: `[b, s]` int32, padded to the right.
+      x: `[b, s]` int32 tokens, or `[b, s, d]` what the first layer is to read.
+      segments: `[b, s]` int32: tokens of other segments are not seen. Without them, padding goes
+        to the right.
+      together: `[b, s]` int32: tokens of one group (0 for none) see each other in both directions,
+        as those of an image.
 
     Returns:
       The final norm of the last layer's output, `[b, s, d]`, and the input of every layer,
       `[count, b, s, d]` (not computed under jit if not used).
     """
     params = jax.lax.stop_gradient(params)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if x.ndim == 2:
+        x = embed(config, params['embedder']['embedding'], x)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    where = places(config, positions, segments, together)
+    kinds = local_flags(config)
 
     def layer(x, index):
-        own = jax.tree.map(
-            lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), params['layers']
+        own, local = jax.tree.map(
+            lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False),
+            (params['layers'], kinds),
         )
-        out, _ = Block(config, None).apply(
-            {'params': own}, x, None, None, positions, None, None, None
-        )
+        out, _ = Block(config, None).apply({'params': own}, x, None, None, local, where, None, None)
         return out, x
 
-    x, inputs = jax.lax.scan(layer, params['embedder']['embedding'][tokens], jnp.arange(count))
-    return RMSNorm(config.norm_eps).apply({'params': params['final_norm']}, x), inputs
+    x, inputs = jax.lax.scan(layer, x, jnp.arange(count))
+    norm = RMSNorm(config.norm_eps, config.norm_offset)
+    return norm.apply({'params': params['final_norm']}, x), inputs
