@@ -1,6 +1,9 @@
 """The tokenizer of the packaged SmolLM2, built from its GGUF metadata."""
 
+import json
+
 import pytest
+import tokenizers
 
 from hyperlora.errors import UserError
 from hyperlora.models import base, weights
@@ -82,7 +85,7 @@ def test_prompt_has_the_tokens_of_the_whole_rendered_string(tokenizer, question,
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'tokenizer.ggml.pre': 'qwen2'}, 'qwen2'),
+        ({'tokenizer.ggml.pre': 'gpt-4o'}, 'gpt-4o'),
         ({'tokenizer.chat_template': '{% if %}'}, 'chat template'),
         ({'tokenizer.chat_template': 'no message'}, 'just once'),
     ],
@@ -104,3 +107,88 @@ def test_unsupported_metadata_is_named(change, message):
 def test_missing_metadata_is_listed():
     with pytest.raises(UserError, match='tokenizer.ggml.pre, .*tokenizer.chat_template'):
         Tokenizer.from_gguf({})
+
+
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{{ '<start_of_turn>' + "
+    "(message['role'] if message['role'] == 'user' else 'model') + '\n' + "
+    "message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def write_hf(folder, backend, template, **settings):
+    (folder / 'tokenizer.json').write_text(backend.to_str(), encoding='utf-8')
+    config = {'chat_template': template, **settings}
+    (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+
+
+def test_hugging_face_files_say_the_same_as_gguf(tokenizer, fields, tmp_path):
+    write_hf(tmp_path, tokenizer._backend, fields['tokenizer.chat_template'])
+    other = Tokenizer.from_hf(tmp_path)
+    assert other.eos_id == tokenizer.eos_id
+    for text in ('Why 1984?', ' a<|im_end|>b\n', 'é'):
+        assert other.prompt(text) == tokenizer.prompt(text)
+        assert other.prompt(text, True) == tokenizer.prompt(text, True)
+
+
+@pytest.fixture
+def pieces():
+    """A word-piece vocabulary with SentencePiece's mark of a space, as Gemma's."""
+    words = ['<unk>', '<bos>', '<start_of_turn>', '<end_of_turn>', '\n', '.', ':', 'user', 'model']
+    words += ['\u2581', '\u2581the', '\u2581end', 'Hi', 'Why']
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, '<unk>'))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'\n|\.|:'), 'isolated'),
+            tokenizers.pre_tokenizers.Metaspace(prepend_scheme='never'),
+        ]
+    )
+    backend.decoder = tokenizers.decoders.Metaspace(prepend_scheme='never')
+    backend.add_special_tokens(words[1:4])
+    return backend
+
+
+def test_gemma_like_template(pieces, tmp_path):
+    write_hf(tmp_path, pieces, GEMMA, bos_token={'content': '<bos>'}, add_bos_token=True)
+    tokenizer = Tokenizer.from_hf(tmp_path)
+    names = [pieces.id_to_token(i) for i in tokenizer.prompt('Hi the end')]
+    turn = ['<start_of_turn>', 'user', '\n', 'Hi', '\u2581the', '\u2581end', '<end_of_turn>', '\n']
+    assert names == ['<bos>', *turn, '<start_of_turn>', 'model', '\n']
+    assert pieces.id_to_token(tokenizer.eos_id) == '<end_of_turn>'
+    ends, starts = tokenizer.boundaries
+    assert [pieces.id_to_token(i) for i in ends.nonzero()[0]] == ['\n', '.']
+    assert set(map(pieces.id_to_token, starts.nonzero()[0])) == {
+        '\n',
+        '\u2581',
+        '\u2581the',
+        '\u2581end',
+    }
+
+
+def test_bad_model_folders_are_explained(pieces, tmp_path):
+    with pytest.raises(UserError, match='tokenizer.json is missing'):
+        Tokenizer.from_hf(tmp_path)
+    write_hf(tmp_path, pieces, None)
+    with pytest.raises(UserError, match='no chat template'):
+        Tokenizer.from_hf(tmp_path)
+    write_hf(tmp_path, pieces, '{{ messages[0]["content"] }}')
+    with pytest.raises(UserError, match='no control token'):
+        Tokenizer.from_hf(tmp_path)
+    write_hf(tmp_path, pieces, '{{ raise_exception("only tools") }}')
+    with pytest.raises(UserError, match='only tools'):
+        Tokenizer.from_hf(tmp_path)
+    (tmp_path / 'tokenizer.json').write_text('{"version"')
+    with pytest.raises(UserError, match='cannot read .*tokenizer.json'):
+        Tokenizer.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize('pre, numbers', [('llama-bpe', ['202', '4']), ('qwen2', list('2024'))])
+def test_words_of_other_families(fields, pre, numbers):
+    changed = fields | {'tokenizer.ggml.pre': pre}
+    split = Tokenizer.from_gguf(changed)._backend.pre_tokenizer.pre_tokenize_str
+    words = [word for word, _ in split("I'd  say\n\n(2024) ok?")]
+    assert words == ['I', "'d", 'Ġ', 'Ġsay', 'ĊĊ', '(', *numbers, ')', 'Ġok', '?']

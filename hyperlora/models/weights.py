@@ -54,6 +54,7 @@ class Row(NamedTuple):
         return [template.format(i) for i in range(config.num_layers if self.stacked else 1)]
 
 
+_ROPE_DIVISORS = 'rope_freqs.weight'
 _UNEMBEDDER = Row('unembedder/embedding', 'lm_head.weight', 'output.weight', 'vd')
 
 
@@ -254,38 +255,40 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTe
     return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
+def gguf_config(
+    fields: Mapping[str, Any], tensors: Mapping[str, gguf.ReaderTensor]
+) -> DecoderConfig:
+    """The config of what `read_gguf` returns.
+
+    Raises:
+      UserError: not a supported decoder.
+    """
+    # Llama 3's stretching of rope is a tensor here.
+    divisors = tensors.get(_ROPE_DIVISORS)
+    return families.from_gguf(
+        fields,
+        tie_embeddings=_UNEMBEDDER.gguf not in tensors,
+        rope_divisors=() if divisors is None else tuple(_dequantize(divisors).tolist()),
+    )
+
+
 def from_gguf(
     fields: Mapping[str, Any],
     tensors: Mapping[str, gguf.ReaderTensor],
+    config: DecoderConfig,
     dtype: Any,
     shardings: Any = None,
-) -> tuple[DecoderConfig, dict]:
-    """Config and parameters from what `read_gguf` returns.
+) -> dict:
+    """Parameters of what `read_gguf` returns; see `from_hf_state`.
 
     Raises:
-      UserError: not a supported decoder, a kind of quantization that cannot be undone, or tensors
-        are missing, extra, misshapen or not finite; all are named.
+      UserError: a kind of quantization that cannot be undone, or tensors are missing, extra,
+        misshapen or not finite; all are named.
     """
-
-    def dequantize(name: str) -> np.ndarray:
-        tensor = tensors[name]
-        try:
-            return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            kind = tensor.tensor_type.name
-            raise UserError(f'tensor {name}: quantization {kind} is not supported') from error
-
-    # Llama 3's stretching of rope is a tensor here.
-    stretched = 'rope_freqs.weight' in tensors
-    config = families.from_gguf(
-        fields,
-        tie_embeddings=_UNEMBEDDER.gguf not in tensors,
-        rope_divisors=tuple(dequantize('rope_freqs.weight').tolist()) if stretched else (),
-    )
     family = fields['general.architecture']
 
     def read(name: str, at: Index) -> np.ndarray:
-        weight = dequantize(name)
+        weight = _dequantize(tensors[name])
         if family == 'llama' and name.endswith('attn_q.weight'):
             weight = _unpermute(weight, config.num_heads)
         if family == 'llama' and name.endswith('attn_k.weight'):
@@ -297,9 +300,17 @@ def from_gguf(
     shapes = {
         name: tuple(tensor.shape[::-1].tolist())
         for name, tensor in tensors.items()
-        if name != 'rope_freqs.weight'
+        if name != _ROPE_DIVISORS
     }
-    return config, _assemble('gguf', shapes, read, config, dtype, shardings)
+    return _assemble('gguf', shapes, read, config, dtype, shardings)
+
+
+def _dequantize(tensor: gguf.ReaderTensor) -> np.ndarray:
+    try:
+        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        kind = tensor.tensor_type.name
+        raise UserError(f'tensor {tensor.name}: quantization {kind} is not supported') from error
 
 
 def fingerprint(params: Mapping) -> str:
