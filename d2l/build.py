@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from d2l.context_encoders import CONTEXT_ENCODERS
-from d2l.hypernetwork import DocToLora, DocToLoraConfig, module_dims
+from d2l.hypernetwork import DocToLora, DocToLoraConfig
+from hyperlora import lora
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.models.families import DecoderConfig
@@ -29,7 +30,7 @@ def build(config: ConfigDict, base: DecoderConfig) -> Hypernetwork:
     module = DocToLora(
         DocToLoraConfig(
             num_layers=base.num_layers,
-            dims=module_dims(base, config.modules),
+            dims=lora.module_dims(base, config.modules),
             layer_to_layer=config.encoder.name == 'per_layer_activations',
             feature_width=base.width,
             **config.shape,

@@ -9,7 +9,6 @@ Source: Doc-to-LoRA (arXiv 2602.15902), section 3 and Listings 1-2.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -238,19 +237,3 @@ class DocToLora(nn.Module):
             latents.reshape(chunks, entries, *latents.shape[1:]),
             out.reshape(chunks, entries, *out.shape[1:]),
         )
-
-
-def module_dims(base_config, modules) -> tuple[tuple[str, int, int], ...]:
-    """(module, i, o) of the named modules of a decoder, sorted by name."""
-    c = base_config
-    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    table: Mapping[str, tuple[int, int]] = {
-        'q_proj': (c.width, heads),
-        'k_proj': (c.width, kv),
-        'v_proj': (c.width, kv),
-        'o_proj': (heads, c.width),
-        'gate_proj': (c.width, c.mlp_width),
-        'up_proj': (c.width, c.mlp_width),
-        'down_proj': (c.mlp_width, c.width),
-    }
-    return tuple((name, *table[name]) for name in sorted(modules))

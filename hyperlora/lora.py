@@ -13,9 +13,7 @@ a document.
 
 from __future__ import annotations
 
-import json
-import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from hyperlora.errors import UserError
+from hyperlora.models.families import DecoderConfig
 
 # Where each adapted projection lives among the decoder's stacked layer parameters.
 MODULES = {
@@ -35,6 +33,22 @@ MODULES = {
     'up_proj': ('mlp', 'up_proj'),
     'down_proj': ('mlp', 'down_proj'),
 }
+
+
+def module_dims(config: DecoderConfig, modules: Iterable[str]) -> tuple[tuple[str, int, int], ...]:
+    """(module, i, o) of the named modules of a decoder, sorted by name."""
+    c = config
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    table = {
+        'q_proj': (c.width, heads),
+        'k_proj': (c.width, kv),
+        'v_proj': (c.width, kv),
+        'o_proj': (heads, c.width),
+        'gate_proj': (c.width, c.mlp_width),
+        'up_proj': (c.width, c.mlp_width),
+        'down_proj': (c.mlp_width, c.width),
+    }
+    return tuple((name, *table[name]) for name in sorted(modules))
 
 
 @struct.dataclass
@@ -285,96 +299,3 @@ def merge(params: Any, lora: Lora) -> Any:
         merged = (kernel.astype(jnp.float32) + lora.scaling * delta).astype(kernel.dtype)
         layers[group] = {**layers[group], module: {'kernel': merged}}
     return {**params, 'layers': layers}
-
-
-# --- On disk: the PEFT layout, so that other software reads it without conversion ---------------
-
-
-def _peft_key(module: str, layer: int, factor: str) -> str:
-    block = {'attention': 'self_attn', 'mlp': 'mlp'}[MODULES[module][0]]
-    return f'base_model.model.model.layers.{layer}.{block}.{module}.lora_{factor}.weight'
-
-
-def save(lora: Lora, directory: str | pathlib.Path, base_name: str, fingerprint: str) -> None:
-    """Writes a LoRA of one row as a PEFT adapter (adapter_config.json, adapter_model.safetensors).
-
-    PEFT scales by lora_alpha / r, so lora_alpha = scaling * r. The base model's fingerprint goes
-    into the metadata of the safetensors file. Nothing is left behind if writing fails.
-    """
-    from safetensors.numpy import save as serialise
-
-    if lora.rows != 1:
-        raise ValueError(f'only a LoRA of one row can be saved, not of {lora.rows}')
-    directory = pathlib.Path(directory)
-    tensors = {}
-    for name, pair in lora.pairs.items():
-        a, b = np.asarray(pair.a[:, 0]), np.asarray(pair.b[:, 0])
-        for layer in range(a.shape[0]):
-            tensors[_peft_key(name, layer, 'A')] = np.ascontiguousarray(a[layer])
-            tensors[_peft_key(name, layer, 'B')] = np.ascontiguousarray(b[layer].T)
-    config = {
-        'peft_type': 'LORA',
-        'task_type': 'CAUSAL_LM',
-        'base_model_name_or_path': base_name,
-        'r': lora.rank,
-        'lora_alpha': float(lora.scaling) * lora.rank,
-        'use_rslora': False,
-        'target_modules': sorted(lora.pairs),
-        'bias': 'none',
-        'lora_dropout': 0.0,
-        'fan_in_fan_out': False,
-        'inference_mode': True,
-    }
-    files = {
-        'adapter_model.safetensors': serialise(tensors, {'base_fingerprint': fingerprint}),
-        'adapter_config.json': json.dumps(config, indent=2).encode(),
-    }
-    for name, content in files.items():
-        partial = directory / (name + '.partial')
-        partial.write_bytes(content)
-        partial.rename(directory / name)
-
-
-def load(directory: str | pathlib.Path, fingerprint: str | None = None) -> Lora:
-    """Reads what `save` wrote.
-
-    Args:
-      directory: the adapter's folder.
-      fingerprint: of the base model it is meant for, or None for any.
-
-    Raises:
-      UserError: a file is missing or damaged, or the adapter is for another base model.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    directory = pathlib.Path(directory)
-    path = directory / 'adapter_model.safetensors'
-    try:
-        config = json.loads((directory / 'adapter_config.json').read_text())
-        with safe_open(str(path), framework='numpy') as file:
-            saved = (file.metadata() or {}).get('base_fingerprint')
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        layers = len(tensors) // (2 * len(config['target_modules']))
-        pairs = {
-            name: LoraPair(
-                jnp.stack([tensors[_peft_key(name, k, 'A')] for k in range(layers)])[:, None],
-                jnp.stack([tensors[_peft_key(name, k, 'B')].T for k in range(layers)])[:, None],
-            )
-            for name in config['target_modules']
-        }
-        scaling = config['lora_alpha'] / config['r']
-    except FileNotFoundError as e:
-        name = pathlib.Path(e.filename or path).name  # safetensors does not tell the file's name
-        raise UserError(
-            f'{directory} is not an adapter: {name} is missing; make one with launch.adapt'
-        ) from e
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, ZeroDivisionError) as e:
-        raise UserError(
-            f'the adapter in {directory} is damaged ({e}); make it again with launch.adapt'
-        ) from e
-    if fingerprint is not None and saved != fingerprint:
-        raise UserError(
-            f'the adapter in {directory} was made for base model {saved}, '
-            f'not {fingerprint}; load it with the base model it was made for'
-        )
-    return Lora(pairs, jnp.float32(scaling))

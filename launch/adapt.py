@@ -1,10 +1,12 @@
 """Internalises a document: writes a LoRA that lets the base model answer questions about it.
 
-    python -m launch.adapt --checkpoint=NAME_OR_DIR --document=FILE --output=DIR [--iterative]
+    python -m launch.adapt --checkpoint=NAME_OR_DIR --document=FILE --output=DIR
+        [--iterative] [--format=peft]
 
 The LoRA is a PEFT adapter; ask it with launch.ask.
 """
 
+import hashlib
 import time
 
 from absl import flags
@@ -14,6 +16,7 @@ from launch import cli
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'smollm2-niah', 'Shipped weights or a folder.')
 _DOCUMENT = flags.DEFINE_string('document', None, 'UTF-8 text file.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the adapter.', required=True)
+_FORMAT = flags.DEFINE_enum('format', 'peft', ['peft'], 'Layout of the adapter.')
 _ITERATIVE = flags.DEFINE_bool('iterative', False, 'Less memory, slower.')
 
 
@@ -23,8 +26,7 @@ def main(_):
     import jax
 
     from d2l.internalize import Internalizer
-    from hyperlora import lora as lora_lib
-    from hyperlora import trained
+    from hyperlora import adapters, trained
 
     model = trained.load(_CHECKPOINT.value)
     tokens = model.base.tokenizer.encode(text)
@@ -32,7 +34,12 @@ def main(_):
     start = time.perf_counter()
     lora = jax.block_until_ready(internalizer(tokens))
     seconds = time.perf_counter() - start
-    lora_lib.save(lora, output, model.base.name, model.base.fingerprint)
+    metadata = {
+        'base_fingerprint': model.base.fingerprint,
+        'hypernetwork': _CHECKPOINT.value,
+        'document_sha256': hashlib.sha256(text.encode()).hexdigest(),
+    }
+    adapters.save(lora, output, model.base.name, metadata)
     print(
         f'{len(tokens)} tokens in {len(internalizer.split(tokens))} chunks -> LoRA of rank '
         f'{lora.rank}, {lora.nbytes} bytes, in {output}; {seconds:.1f} s with compilation'

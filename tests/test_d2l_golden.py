@@ -7,7 +7,7 @@ import pytest
 from conftest import read_golden
 
 from d2l.context_encoders import early_exit, per_layer_activations
-from d2l.hypernetwork import DocToLora, DocToLoraConfig, module_dims
+from d2l.hypernetwork import DocToLora, DocToLoraConfig
 from d2l.upstream import params_from_upstream
 from hyperlora import lora as lora_lib
 from hyperlora.models.decoder import Decoder
@@ -81,7 +81,7 @@ def test_end_to_end_on_llama(golden_llama):
     meta, arrays = read_golden('d2l_b_early_exit_llama_2mod')
     config, base = golden_llama
     module, params = hypernetwork(meta, arrays)
-    assert module.config.dims == module_dims(config, meta['target_modules_order'])
+    assert module.config.dims == lora_lib.module_dims(config, meta['target_modules_order'])
     mask = arrays['ctx_attn_mask'].astype(bool)
     features = early_exit(config, base, arrays['ctx_ids'].astype(np.int32), num_layers=2)
     np.testing.assert_allclose(

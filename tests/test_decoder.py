@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from d2l.hypernetwork import module_dims
 from hyperlora import generation, lora
 from hyperlora.errors import UserError
 from hyperlora.models import attention as attention_lib
@@ -45,7 +44,7 @@ def step_by_step(base, prompt, count, adapter=None):
 
 
 def random_lora(config, rows, rank=3, scaling=0.1, seed=0):
-    dims = {name: (i, o) for name, i, o in module_dims(config, lora.MODULES)}
+    dims = {name: (i, o) for name, i, o in lora.module_dims(config, lora.MODULES)}
     adapter = lora.init(jax.random.key(seed), dims, config.num_layers, rank, scaling, rows)
     keys = iter(jax.random.split(jax.random.key(seed + 1), len(dims)))
     return adapter.replace(

@@ -1,17 +1,13 @@
 """The algebra of `Lora` against dense matrices, and its files."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from d2l.hypernetwork import module_dims
 from hyperlora import lora as lora_lib
-from hyperlora.errors import UserError
 from hyperlora.lora import Lora, LoraPair
 from hyperlora.models.decoder import Decoder
 
@@ -60,7 +56,7 @@ def layer(lora, name, index=0):
 
 def decoder_lora(tiny, seed, **kwargs):
     """A LoRA of every module of the tiny base, small enough for the model to stay in f32 range."""
-    dims = {name: (i, o) for name, i, o in module_dims(tiny.config, lora_lib.MODULES)}
+    dims = {name: (i, o) for name, i, o in lora_lib.module_dims(tiny.config, lora_lib.MODULES)}
     return random_lora(seed, dims=dims, layers=tiny.config.num_layers, scaling=0.05, **kwargs)
 
 
@@ -81,7 +77,7 @@ TOKENS = np.random.default_rng(0).integers(4, 128, (4, 10)).astype(np.int32)
 
 
 def test_a_fresh_lora_is_the_base_bit_for_bit(tiny):
-    dims = {name: (i, o) for name, i, o in module_dims(tiny.config, lora_lib.MODULES)}
+    dims = {name: (i, o) for name, i, o in lora_lib.module_dims(tiny.config, lora_lib.MODULES)}
     fresh = lora_lib.init(jax.random.key(0), dims, tiny.config.num_layers, 4, scaling=3.0, rows=2)
     assert all(pair.a.any() and not pair.b.any() for pair in fresh.pairs.values())
     base = hidden(tiny, TOKENS)
@@ -281,99 +277,3 @@ def test_truncate_is_the_best_approximation(rank):
 def test_truncate_needs_a_positive_rank():
     with pytest.raises(ValueError, match='positive'):
         lora_lib.truncate(random_lora(0), 0)
-
-
-# ---------------------------------------------------------------------------- files
-
-
-def test_files_give_back_the_lora(tmp_path):
-    lora = random_lora(0, rank=3, scaling=45.25)
-    lora_lib.save(lora, tmp_path, 'some/base', 'abc')
-    for fingerprint in ('abc', None):
-        loaded = lora_lib.load(tmp_path, fingerprint)
-        assert loaded.rank == 3 and float(loaded.scaling) == pytest.approx(45.25, rel=1e-6)
-        jax.tree.map(np.testing.assert_array_equal, loaded.pairs, lora.pairs)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        'adapter_config.json',
-        'adapter_model.safetensors',
-    }
-    with pytest.raises(ValueError, match='one row'):
-        lora_lib.save(random_lora(0, rows=2), tmp_path, 'some/base', 'abc')
-
-
-def test_files_are_those_of_peft(tmp_path):
-    lora = random_lora(0, rank=3, scaling=2.5)
-    lora_lib.save(lora, tmp_path, 'some/base', 'abc')
-    tensors = load_file(tmp_path / 'adapter_model.safetensors')
-    config = json.loads((tmp_path / 'adapter_config.json').read_text())
-    names = {'down_proj': 'mlp.down_proj', 'q_proj': 'self_attn.q_proj'}
-    assert set(tensors) == {
-        f'base_model.model.model.layers.{k}.{name}.lora_{factor}.weight'
-        for k in range(3)
-        for name in names.values()
-        for factor in 'AB'
-    }
-    assert config['peft_type'] == 'LORA' and config['base_model_name_or_path'] == 'some/base'
-    assert config['target_modules'] == ['down_proj', 'q_proj']
-    assert config['r'] == 3 and config['lora_alpha'] == pytest.approx(7.5)
-    assert not config['use_rslora'] and not config['fan_in_fan_out']
-    for module, (i, o) in DIMS.items():
-        for k in range(3):
-            prefix = f'base_model.model.model.layers.{k}.{names[module]}.lora_'
-            a, b = tensors[prefix + 'A.weight'], tensors[prefix + 'B.weight']
-            assert a.shape == (3, i) and b.shape == (o, 3)
-            # PEFT: y = x W^T + lora_alpha / r * x A^T B^T
-            np.testing.assert_allclose(
-                config['lora_alpha'] / config['r'] * (b @ a).T, dense(lora)[module][k], atol=1e-5
-            )
-
-
-def truncated(folder):
-    path = folder / 'adapter_model.safetensors'
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def without_weights(folder):
-    (folder / 'adapter_model.safetensors').unlink()
-
-
-def without_config(folder):
-    (folder / 'adapter_config.json').unlink()
-
-
-def cut_config(folder):
-    (folder / 'adapter_config.json').write_text('{"r": 3')
-
-
-def another_module(folder):
-    path = folder / 'adapter_config.json'
-    path.write_text(path.read_text().replace('down_proj', 'up_proj'))
-
-
-def rank_zero(folder):
-    path = folder / 'adapter_config.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | {'r': 0}))
-
-
-@pytest.mark.parametrize(
-    'damage, message',
-    [
-        (truncated, 'damaged'),
-        (without_weights, 'adapter_model.safetensors is missing'),
-        (without_config, 'adapter_config.json is missing'),
-        (cut_config, 'damaged'),
-        (another_module, 'damaged'),
-        (rank_zero, 'damaged'),
-    ],
-)
-def test_damaged_files_are_explained(tmp_path, damage, message):
-    lora_lib.save(random_lora(0), tmp_path, 'some/base', 'abc')
-    damage(tmp_path)
-    with pytest.raises(UserError, match=message):
-        lora_lib.load(tmp_path, 'abc')
-
-
-def test_an_adapter_of_another_base_is_refused(tmp_path):
-    lora_lib.save(random_lora(0), tmp_path, 'some/base', 'abc')
-    with pytest.raises(UserError, match='base model abc, not xyz'):
-        lora_lib.load(tmp_path, 'xyz')

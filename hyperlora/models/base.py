@@ -77,6 +77,16 @@ def shardings(config: DecoderConfig, mesh: jax.sharding.Mesh | None) -> Any:
     return sharding.shardings(boxed['params'], mesh)
 
 
+def hf_config(base: BaseModel) -> dict:
+    """The config.json of a base model: its own, or one that says the same.
+
+    Raises:
+      UserError: no config.json can say it.
+    """
+    path = Path(base.name) / 'config.json'
+    return read_json(path) if path.is_file() else families.to_hf(base.config)
+
+
 def read_json(path: Path) -> dict:
     """The contents of a JSON file of a model.
 

@@ -338,6 +338,72 @@ def _llama3_divisors(
     return tuple((1 / ((1 - smooth) / factor + smooth)).tolist())
 
 
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """Contents of a config.json that `from_hf` and transformers read as this config.
+
+    Raises:
+      UserError: there is none, as for divisors of rope that came without their origin.
+    """
+    c = config
+    if c.post_norms:
+        family = 'gemma3_text' if c.qk_norm else 'gemma2'
+    elif c.qk_norm:
+        family = 'qwen3'
+    elif c.qkv_bias and not c.output_bias:
+        family = 'qwen2'
+    else:
+        family = 'mistral' if c.local_layers else 'llama'
+    defaults = _DEFAULTS[family]
+    activation = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[c.activation]
+    rope = {'rope_type': 'linear', 'factor': c.rope.divisors[0]} if c.rope.divisors else None
+    found = {
+        'model_type': family,
+        'architectures': [_ARCHITECTURES[family]],
+        'vocab_size': c.vocab_size,
+        'hidden_size': c.width,
+        'intermediate_size': c.mlp_width,
+        'num_hidden_layers': c.num_layers,
+        'num_attention_heads': c.num_heads,
+        'num_key_value_heads': c.num_kv_heads,
+        'head_dim': c.head_dim,
+        'rms_norm_eps': c.norm_eps,
+        'max_position_embeddings': c.max_length,
+        'tie_word_embeddings': c.tie_embeddings,
+        'rope_theta': c.rope.theta,
+        'rope_scaling': rope,
+        'hidden_activation' if 'hidden_activation' in defaults else 'hidden_act': activation,
+    }
+    optional = {
+        'attention_bias': c.output_bias,
+        'mlp_bias': c.mlp_bias,
+        'sliding_window': c.attention_window,
+        'use_sliding_window': any(c.local_layers),
+        'layer_types': [
+            'sliding_attention' if local else 'full_attention'
+            for local in c.local_layers or (False,) * c.num_layers
+        ],
+        'attn_logit_softcapping': c.attention_softcap,
+        'final_logit_softcapping': c.logit_softcap,
+        'query_pre_attn_scalar': c.query_scale and round(c.query_scale**-2, 6),
+        'rope_local_base_freq': c.local_rope and c.local_rope.theta,
+    }
+    found |= {key: value for key, value in optional.items() if key in defaults}
+    if from_hf(found) != config:
+        raise UserError(
+            f"no config.json of family {family} says the same as this model's description; give "
+            'the base model as a Hugging Face folder'
+        )
+    return found
+
+
+_ARCHITECTURES = {
+    'llama': 'LlamaForCausalLM',
+    'mistral': 'MistralForCausalLM',
+    'qwen2': 'Qwen2ForCausalLM',
+    'qwen3': 'Qwen3ForCausalLM',
+    'gemma2': 'Gemma2ForCausalLM',
+    'gemma3_text': 'Gemma3ForCausalLM',
+}
 _GGUF_KEYS = {  # field: its key after the architecture's name
     'vocab_size': 'vocab_size',
     'num_layers': 'block_count',

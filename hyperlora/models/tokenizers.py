@@ -49,7 +49,7 @@ class Tokenizer:
         Raises:
           UserError: the template cannot be rendered, or does not tell how an answer ends.
         """
-        self._backend = backend
+        self._backend, self._template = backend, template
         self._names = dict(names or {})
         self._frames = {
             True: self._frame(template),
@@ -123,6 +123,22 @@ class Tokenizer:
             if key.endswith('_token') and isinstance(value, str | dict)
         }
         return cls(backend, template, names=names)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, as `from_hf` and transformers read."""
+        settings = {
+            'tokenizer_class': 'PreTrainedTokenizerFast',
+            'chat_template': self._template,
+            'eos_token': self._backend.id_to_token(self.eos_id),
+            **self._names,
+        }
+        self._backend.encode_special_tokens = False
+        try:
+            self._backend.save(str(Path(directory) / 'tokenizer.json'))
+        finally:
+            self._backend.encode_special_tokens = True
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + '\n'
+        (Path(directory) / 'tokenizer_config.json').write_text(text, encoding='utf-8')
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, [s]: no control tokens, not even where it spells one out.

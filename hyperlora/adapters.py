@@ -1,0 +1,204 @@
+"""Adapters on disk in PEFT's layout, so that other software reads and writes them too.
+
+adapter_config.json and adapter_model.safetensors; A is `[r, i]`, B `[o, r]`, keys carry no adapter
+name. The scaling is folded into B and lora_alpha = r, so that nobody's idea of it matters. The
+metadata of the safetensors file says which base the adapter is for and where it comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from hyperlora import lora as lora_lib
+from hyperlora.errors import UserError
+from hyperlora.lora import MODULES, Lora, LoraPair
+from hyperlora.models.families import DecoderConfig
+
+_CONFIG, _WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
+_BLOCKS = {'attention': 'self_attn', 'mlp': 'mlp'}
+# PEFT writes the name of the adapter before `.weight` in memory, never on disk; others do.
+_KEY = re.compile(
+    r'base_model\.model\..*\blayers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<module>\w+)'
+    r'\.lora_(?P<factor>[AB])(?:\.\w+)?\.weight'
+)
+# Settings under which an adapter is more than `alpha / r B A`.
+_UNSUPPORTED = (
+    'alpha_pattern',
+    'alora_invocation_tokens',
+    'corda_config',
+    'exclude_modules',
+    'fan_in_fan_out',
+    'layer_replication',
+    'lora_bias',
+    'megatron_config',
+    'modules_to_save',
+    'rank_pattern',
+    'target_parameters',
+    'trainable_token_indices',
+    'use_bdlora',
+    'use_dora',
+    'use_qalora',
+)
+
+
+def save(
+    lora: Lora, directory: str | Path, base_name: str, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a LoRA of one row. Nothing is left behind if writing fails.
+
+    Args:
+      directory: an existing folder.
+      base_name: for `base_model_name_or_path`.
+      metadata: goes into the safetensors file, e.g. `base_fingerprint`.
+
+    Raises:
+      ValueError: the LoRA has more than one row.
+    """
+    if lora.rows != 1:
+        raise ValueError(f'only a LoRA of one row can be saved, not of {lora.rows}')
+    directory = Path(directory)
+    tensors = {}
+    for name, pair in lora.pairs.items():
+        a, b = np.asarray(pair.a[:, 0]), np.asarray(pair.b[:, 0] * lora.scaling)
+        for layer in range(a.shape[0]):
+            key = f'base_model.model.model.layers.{layer}.{_BLOCKS[MODULES[name][0]]}.{name}.lora_'
+            tensors[f'{key}A.weight'] = np.ascontiguousarray(a[layer])
+            tensors[f'{key}B.weight'] = np.ascontiguousarray(b[layer].T.astype(a.dtype))
+    config = {
+        'peft_type': 'LORA',
+        'task_type': 'CAUSAL_LM',
+        'base_model_name_or_path': base_name,
+        'r': lora.rank,
+        'lora_alpha': lora.rank,
+        'use_rslora': False,
+        'target_modules': sorted(lora.pairs),
+        'bias': 'none',
+        'lora_dropout': 0.0,
+        'fan_in_fan_out': False,
+        'inference_mode': True,
+    }
+    files = {
+        _WEIGHTS: safetensors.numpy.save(tensors, {'format': 'pt', **(metadata or {})}),
+        _CONFIG: (json.dumps(config, indent=2) + '\n').encode(),
+    }
+    for name, content in files.items():
+        partial = directory / (name + '.partial')
+        partial.write_bytes(content)
+        partial.rename(directory / name)
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The contents of adapter_config.json.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    path = Path(directory) / _CONFIG
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+        if config['peft_type'] != 'LORA':
+            raise UserError(f'{path}: an adapter of type {config["peft_type"]!r}, not LORA')
+        return config
+    except FileNotFoundError as e:
+        raise UserError(
+            f'{directory} is not an adapter: {_CONFIG} is missing; make one with launch.adapt'
+        ) from e
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{path} is damaged ({e!r}); make the adapter again') from e
+
+
+def load(
+    directory: str | Path, base: DecoderConfig | None = None, fingerprint: str | None = None
+) -> Lora:
+    """Reads an adapter that `save` or PEFT wrote.
+
+    Args:
+      directory: the adapter's folder.
+      base: the model it is meant for; its tensors must fit. None for any.
+      fingerprint: of that model. An adapter that names another one is refused; one that names
+        none, as those of PEFT, is not.
+
+    Returns:
+      A Lora of one row, f32, scaling 1.
+
+    Raises:
+      UserError: a file is missing or damaged, the adapter is more than a LoRA of known modules, or
+        it is for another base model.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    used = [key for key in _UNSUPPORTED if config.get(key)]
+    if config.get('bias', 'none') != 'none':
+        used.append('bias')
+    if used:
+        raise UserError(f'{directory}: adapters with {", ".join(used)} are not supported')
+    path = directory / _WEIGHTS
+    try:
+        with safetensors.safe_open(path, framework='numpy') as file:
+            saved = (file.metadata() or {}).get('base_fingerprint')
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        root = config['r'] ** 0.5 if config.get('use_rslora') else config['r']
+        scaling = config['lora_alpha'] / root
+    except FileNotFoundError as e:
+        raise UserError(
+            f'{directory} is not an adapter: {_WEIGHTS} is missing; make one with launch.adapt'
+        ) from e
+    except (OSError, safetensors.SafetensorError) as e:
+        raise UserError(f'{path} is truncated or damaged ({e}); make the adapter again') from e
+    except (KeyError, TypeError, ZeroDivisionError) as e:
+        raise UserError(f'{directory / _CONFIG} is damaged ({e!r}); make the adapter again') from e
+    if saved is not None and fingerprint is not None and saved != fingerprint:
+        raise UserError(
+            f'the adapter in {directory} was made for base model {saved}, '
+            f'not {fingerprint}; load it with the base model it was made for'
+        )
+    found: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if not match or match['module'] not in MODULES:
+            raise UserError(f'{path}: tensor {key} is not that of a known module of a decoder')
+        if not np.isfinite(tensor.astype(np.float32)).all():
+            raise UserError(f'{path}: tensor {key} holds values that are not finite')
+        found.setdefault((match['module'], match['factor']), {})[int(match['layer'])] = tensor
+    if not found:
+        raise UserError(f'{path} holds no tensors; make the adapter again')
+    layers = base.num_layers if base else 1 + max(max(by_layer) for by_layer in found.values())
+    names = sorted({module for module, _ in found})
+    dims = dict((n, (i, o)) for n, i, o in lora_lib.module_dims(base, names)) if base else {}
+    return Lora(
+        {name: _pair(directory, name, found, layers, scaling, dims.get(name)) for name in names},
+        jnp.float32(1),
+    )
+
+
+def _pair(directory, name, found, layers, scaling, dims) -> LoraPair:
+    a, b = (found.get((name, factor), {}) for factor in 'AB')
+    wanted = set(range(layers))
+    if a.keys() != wanted or b.keys() != wanted:
+        odd = sorted((wanted ^ a.keys()) | (wanted ^ b.keys()))
+        raise UserError(
+            f'{directory}: {name} must have A and B in each of {layers} layers; see layers '
+            f'{", ".join(map(str, odd))}'
+        )
+    try:
+        first = np.stack([a[layer] for layer in range(layers)]).astype(np.float32)
+        second = np.stack([b[layer].T for layer in range(layers)]).astype(np.float32)
+    except ValueError as e:
+        raise UserError(f'{directory}: the ranks of {name} differ between layers') from e
+    shapes = first.shape[1:], second.shape[1:]
+    rank = first.shape[1]
+    expected = ((rank, dims[0]), (rank, dims[1])) if dims else (shapes[0], (rank, shapes[1][-1]))
+    if shapes != expected:
+        raise UserError(
+            f'{directory}: A and B of {name} are {shapes}, not {expected} as this base model needs'
+        )
+    return LoraPair(jnp.asarray(first)[:, None], jnp.asarray(second * scaling)[:, None])

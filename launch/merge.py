@@ -1,0 +1,43 @@
+"""Adds an adapter to its base model and writes the sum as a model folder that transformers loads.
+
+python -m launch.merge --adapter=DIR --output=DIR [--base=NAME_OR_DIR] [--dtype=float32]
+"""
+
+from absl import flags
+
+from hyperlora.errors import UserError
+from launch import cli
+
+_ADAPTER = flags.DEFINE_string('adapter', None, 'Folder of the adapter.', required=True)
+_OUTPUT = flags.DEFINE_string('output', None, 'Folder to write.', required=True)
+_BASE = flags.DEFINE_string('base', None, 'Base model; default: the one the adapter names.')
+_DTYPE = flags.DEFINE_enum(
+    'dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Of the file; the sum is taken in f32.'
+)
+
+
+def main(_):
+    from hyperlora import adapters
+
+    config = adapters.read_config(_ADAPTER.value)
+    output = cli.writable_directory(_OUTPUT.value)
+    if any(output.iterdir()):
+        raise UserError(f'{output} is not empty; choose another folder')
+    import jax
+
+    from hyperlora import lora
+    from hyperlora.models import base as bases
+    from hyperlora.models import weights
+
+    base = bases.load_base(_BASE.value or config['base_model_name_or_path'])
+    adapter = adapters.load(_ADAPTER.value, base.config, base.fingerprint)
+    params = jax.tree.map(lambda x: x.astype(_DTYPE.value), lora.merge(base.params, adapter))
+    base.tokenizer.save(output)
+    hf_config = bases.hf_config(base)
+    weights.save_hf(output, params, base.config, {**hf_config, 'torch_dtype': _DTYPE.value})
+    size = sum(path.stat().st_size for path in output.iterdir())
+    print(f'{base.name} with {_ADAPTER.value} merged, {size} bytes, in {output}')
+
+
+if __name__ == '__main__':
+    cli.run(main)
