@@ -20,6 +20,6 @@ def get_config() -> ConfigDict:
             # Examples per length that the base model also answers with the document in its prompt;
             # few, because long prompts are slow. 0 leaves that out.
             'baseline_examples': 10,
-            'max_new_tokens': 8,
+            'max_new_tokens': 16,  # the base model answers in a sentence
         }
     )

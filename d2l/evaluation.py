@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,19 @@ from hyperlora.models.base import BaseModel
 
 _DEPTH_BINS = 10
 _PROMPT_TOKENS = 16_384  # per batch of prompts that hold their documents: bounds the memory
+
+
+def exact_match(answer: str, number: str) -> bool:
+    """The answer is the number alone, as the question asks."""
+    return answer.strip() == number
+
+
+def right_number(answer: str, number: str) -> bool:
+    """The answer holds the number and no other, perhaps in a sentence."""
+    return re.findall(r'\d+', answer) == [number]
+
+
+SCORES = exact_match, right_number
 
 
 def in_context_prompt(
@@ -89,7 +103,7 @@ def needle_examples(
 
 
 def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None:
-    """Measures the exact match of answers; writes metrics.json, niah_depth.png, niah_length.png.
+    """Scores answers (see `SCORES`); writes metrics.json, niah_depth.png, niah_length.png.
 
     Methods: `d2l` has the document internalised and not in the prompt, `in_context` in the prompt
     of the base model (cut to its window), `no_document` nowhere.
@@ -134,14 +148,16 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     for length in todo:
         documents, numbers, depths = needle_examples(config, writer, haystack, length)
         results = _answer_all(config, base, answerer, documents)
-        right = {
-            method: [text.strip() == numbers[i] for i, text in texts.items()]
-            for method, (texts, _) in results.items()
-        }
         key = str(length)
-        metrics['exact_match'][key] = {m: float(np.mean(r)) for m, r in right.items()}
-        metrics['counts'][key] = {m: len(r) for m, r in right.items()}
-        metrics['depth'][key] = _by_depth(depths, right['d2l'])
+        for score in SCORES:
+            metrics[score.__name__][key] = {
+                method: float(np.mean([score(text, numbers[i]) for i, text in texts.items()]))
+                for method, (texts, _) in results.items()
+            }
+        metrics['counts'][key] = {m: len(texts) for m, (texts, _) in results.items()}
+        metrics['depth'][key] = _by_depth(
+            depths, [exact_match(text, numbers[i]) for i, text in results['d2l'][0].items()]
+        )
         metrics['seconds'][key] = {m: spent for m, (_, spent) in results.items()}
         _write(path, metrics)
         work_done += work(length)
@@ -219,7 +235,8 @@ def _digest(params: Any) -> str:
 
 def _resume(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The metrics so far, empty if there are none."""
-    fresh = {**settings, 'exact_match': {}, 'counts': {}, 'depth': {}, 'seconds': {}}
+    scores = {score.__name__: {} for score in SCORES}
+    fresh = {**settings, **scores, 'counts': {}, 'depth': {}, 'seconds': {}}
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
         changes = [
@@ -269,16 +286,14 @@ def _draw(workdir: pathlib.Path, metrics: dict[str, Any], base: BaseModel) -> No
         'document length (tokens)',
         f'{title}: exact match of d2l',
     )
-    methods = {m: None for length in lengths for m in metrics['exact_match'][length]}
-    lines = {
-        m: {int(n): metrics['exact_match'][n][m] for n in lengths if m in metrics['exact_match'][n]}
-        for m in methods
-    }
+    scores = metrics['right_number']
+    methods = {m: None for length in lengths for m in scores[length]}
+    lines = {m: {int(n): scores[n][m] for n in lengths if m in scores[n]} for m in methods}
     plots.curves(
         workdir / 'niah_length.png',
         lines,
         'document length (tokens)',
-        'exact match',
+        'right number in the answer',
         title,
         {f'window of {base.name}': base.config.max_length},
     )

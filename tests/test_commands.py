@@ -269,7 +269,7 @@ def test_evaluate_equals_a_direct_computation(command, checkpoint, base, tmp_pat
     internalizer = Internalizer(trained.load(str(checkpoint), base))
     question = base.tokenizer.prompt(QUESTION)
     for length in (64, 128):
-        right = {'d2l': [], 'no_document': [], 'in_context': []}
+        right, named = ({'d2l': [], 'no_document': [], 'in_context': []} for _ in range(2))
         for i in range(2):
             rng = np.random.default_rng((7, length, i))
             (number,) = random_numbers(rng, 1)
@@ -287,9 +287,11 @@ def test_evaluate_equals_a_direct_computation(command, checkpoint, base, tmp_pat
                 ('no_document', question, None),
                 ('in_context', full, None),
             ):
-                answer = generation.answer(base, [prompt], 8, used)[0]
+                answer = generation.answer(base, [prompt], 16, used)[0]
                 right[method].append(answer.strip() == number)
+                named[method].append(evaluation.right_number(answer, number))
         assert metrics['exact_match'][str(length)] == {m: np.mean(r) for m, r in right.items()}
+        assert metrics['right_number'][str(length)] == {m: np.mean(r) for m, r in named.items()}
         assert metrics['counts'][str(length)] == dict.fromkeys(right, 2)
         assert metrics['seconds'][str(length)].keys() == right.keys()
         assert metrics['depth'][str(length)] == {
@@ -298,6 +300,13 @@ def test_evaluate_equals_a_direct_computation(command, checkpoint, base, tmp_pat
         }
     for name in ('niah_depth.png', 'niah_length.png'):
         assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_right_number_may_stand_in_a_sentence():
+    for answer in ('1234', ' The special magic number is 1234.'):
+        assert evaluation.right_number(answer, '1234')
+    for answer in ('', '12345', '1234 or 1235', 'It is 123.'):
+        assert not evaluation.right_number(answer, '1234')
 
 
 def test_an_interrupted_evaluation_continues(command, checkpoint, base, tmp_path, monkeypatch):
