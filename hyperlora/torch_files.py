@@ -337,9 +337,8 @@ def _tensor(storage: _Storage, offset: int, size: tuple, strides: tuple, *_: Any
             f'a tensor repeats the {total} elements of its storage to {count}; '
             'save it again made contiguous'
         )
-    # The stride of a single element means nothing and may be anything.
-    steps = [step * dtype.itemsize if n > 1 else 0 for n, step in zip(size, strides, strict=True)]
-    return np.ndarray(size, dtype, storage.data, offset * dtype.itemsize, steps)
+    offset, *steps = (n * dtype.itemsize for n in (offset, *strides))
+    return np.ndarray(size, dtype, storage.data, offset, steps)
 
 
 _CALLS = {

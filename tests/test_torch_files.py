@@ -117,11 +117,11 @@ def refused(path, *words):
     """Checks that a file is refused in one line that names it, `words` and a remedy."""
     with pytest.raises(UserError) as info:
         torch_files.load(path)
-    message = str(info.value)
-    assert message.startswith(f'{path}: ') and message.isprintable()
+    assert str(info.value).startswith(f'{path}: ')
+    reason = str(info.value).removeprefix(f'{path}: ')
+    assert reason.isprintable()
     for word in words:
-        assert word in message
-    return message
+        assert word in reason
 
 
 def value_refused(tmp_path, value, *words):
@@ -364,8 +364,7 @@ def test_nothing_is_executed(tmp_path, culprit, extension):
     target = tmp_path / 'executed'
     data_pkl = program(ATTACKS[culprit](target))
     path = save(tmp_path / 'file.pt', data_pkl)
-    message = refused(path, {'OBJ': '__builtin__.eval'}.get(culprit, culprit))
-    assert 'save it again with tensors and plain settings only' in message
+    refused(path, {'OBJ': '__builtin__.eval'}.get(culprit, culprit), 'save it again with tensors')
     # A process that an attack started would need a moment.
     if culprit == 'subprocess.Popen':
         time.sleep(0.2)
@@ -465,7 +464,7 @@ def nested(depth):
         (Code(b'}q\x09' + code('a') + b'h\x09s'), 'nested too deeply'),
         (nested(1000), 'nested too deeply'),
         # Each list holds the one before twice.
-        (Code(b']q\x00' + b'](h\x00h\x00eq\x00' * 50), 'too many values'),
+        (Code(b'(]q\x00' + b'](h\x00h\x00eq\x00' * 50 + b't'), 'holds too many values'),
         # To hash this key would overflow the stack.
         (Code(b'}' + nested(200_000) + b'Ns'), 'a tuple is a key'),
         (Code(b'}' + tensor('0', 6, (6,), (1,)) + b'Ns'), 'a ndarray is a key'),
@@ -586,7 +585,7 @@ def test_too_large(tmp_path, monkeypatch):
     refused(path, 'too many records')
     monkeypatch.setattr(torch_files, '_MAX_VALUES', 4)
     assert torch_files.load(save(path, program([None] * 3))) == [None] * 3
-    refused(save(path, program([None] * 4)), 'too many values')
+    refused(save(path, program([None] * 4)), 'holds too many values')
 
 
 def test_other_files(tmp_path):
@@ -603,7 +602,15 @@ def test_other_files(tmp_path):
     with zipfile.ZipFile(path, 'w'):
         pass
     refused(path, 'ZIP format')
-    for data_pkl in (b'', b'\x80\x02', b'\x80\x02.', b'\x80\x02NN.', b'\xff', b'\x80\x02e.'):
+    for data_pkl in (
+        b'',
+        b'\x80\x02',
+        b'\x80\x02.',
+        b'\x80\x02NN.',
+        b'\x80\x02N\x87.',
+        b'\x80\x02e.',
+        b'\xff',
+    ):
         refused(save(path, data_pkl), 'damaged or incomplete')
 
 
