@@ -18,7 +18,7 @@ from configs import d2l_niah
 from d2l import evaluation, haystacks
 from d2l.internalize import Internalizer
 from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
-from hyperlora import checkpointing, generation, hypernetwork, lora, meta_learning, trained
+from hyperlora import adapters, checkpointing, generation, hypernetwork, meta_learning, trained
 from hyperlora.models import base as base_models
 
 DOCUMENT = 'The keeper of the lighthouse is called Mara. ' * 30
@@ -110,11 +110,12 @@ def test_adapt_and_ask(command, checkpoint, document, base, tmp_path):
     tokens = base.tokenizer.encode(DOCUMENT)
     expected = Internalizer(trained.load(str(checkpoint), base))(tokens)
     assert f'{len(tokens)} tokens' in out and f'{expected.nbytes} bytes' in out
-    saved = lora.load(adapter, base.fingerprint)
+    saved = adapters.load(adapter, base.config, base.fingerprint)
+    folded = {
+        name: pair.replace(b=pair.b * expected.scaling) for name, pair in expected.pairs.items()
+    }
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-        saved.pairs,
-        expected.pairs,
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), saved.pairs, folded
     )
 
     code, out, err = command('ask', adapter=adapter, question='Who?', max_new_tokens=6)
@@ -126,9 +127,57 @@ def test_adapt_and_ask(command, checkpoint, document, base, tmp_path):
     command('adapt', checkpoint=checkpoint, document=document, output=adapter, iterative=True)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4),
-        lora.load(adapter).pairs,
-        expected.pairs,
+        adapters.load(adapter).pairs,
+        folded,
     )
+
+
+def test_merged_model_equals_adapted(command, checkpoint, document, base, tmp_path):
+    adapter, merged = tmp_path / 'adapter', tmp_path / 'merged'
+    command('adapt', checkpoint=checkpoint, document=document, output=adapter, format='peft')
+    tokens = tmp_path / 'tokens.npz'
+    prompt = base.tokenizer.prompt('Who keeps the lighthouse?')
+    padded = np.zeros((2, len(prompt) + 3), np.int32)
+    padded[0, : len(prompt)], padded[1, 3:] = prompt, prompt
+    np.savez(tokens, input_ids=padded, attention_mask=padded > 0)
+    code, out, err = command('merge', adapter=adapter, output=merged)
+    assert code == 0, err
+    for name, settings in {
+        'adapted': {'model': 'smollm2', 'adapter': adapter},
+        'merged': {'model': merged},
+        'base': {'model': 'smollm2'},
+    }.items():
+        code, out, err = command('logits', input=tokens, output=tmp_path / name, **settings)
+        assert code == 0, err
+    adapted, merged, plain = (np.load(tmp_path / name) for name in ('adapted', 'merged', 'base'))
+    assert adapted['hidden_states'].shape == (31, 2, padded.shape[1], 576)
+    real = padded > 0
+    scale = np.abs(adapted['logits']).max()
+    np.testing.assert_allclose(
+        merged['logits'][real], adapted['logits'][real], rtol=0, atol=1e-4 * scale
+    )
+    assert np.abs(plain['logits'] - adapted['logits'])[real].max() > 1e-2 * scale
+    # Padding, on whichever side, changes nothing.
+    left, right = adapted['logits'][1, 3:], adapted['logits'][0, : len(prompt)]
+    np.testing.assert_allclose(left, right, rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    'arrays, part',
+    [
+        ({'tokens': [[1]]}, 'holds no input_ids, only tokens'),
+        ({'input_ids': [[0.5]]}, 'must be integers [b, s], not float64'),
+        ({'input_ids': [[49152]]}, 'from 0 to 49151, found 49152'),
+        ({'input_ids': [[1, 2]], 'attention_mask': [[1]]}, 'attention_mask is (1, 1)'),
+    ],
+)
+def test_bad_tokens(command, tmp_path, arrays, part):
+    np.savez(tmp_path / 'in.npz', **arrays)
+    settings = {'model': 'smollm2', 'output': tmp_path / 'out.npz'}
+    assert_mistake(command('logits', input=tmp_path / 'in.npz', **settings), part)
+    (tmp_path / 'in.npz').write_bytes(b'PK\x03\x04 cut')
+    assert_mistake(command('logits', input=tmp_path / 'in.npz', **settings), 'not a readable .npz')
+    assert not (tmp_path / 'out.npz').exists()
 
 
 def test_export_of_a_training(command, untrained, base, tmp_path):

@@ -1,5 +1,6 @@
 """Every family against Hugging Face transformers' numbers, and the reading of their configs."""
 
+import dataclasses
 import json
 
 import jax
@@ -167,3 +168,14 @@ def test_values_that_are_not_finite_are_named(tmp_path):
         weights.save_hf(tmp_path, bad, TINY, {})
         with pytest.raises(UserError, match=r'model\.layers\.1\.mlp\.up_proj.*not finite'):
             weights.from_safetensors(tmp_path, TINY, dtype)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_config_can_be_written(family):
+    config = families.from_hf(config_json(family))
+    if family == 'llama':  # Llama 3's stretching cannot be told from its divisors
+        with pytest.raises(UserError, match='no config.json'):
+            families.to_hf(config)
+        config = dataclasses.replace(config, rope=Rope(5e5, (4.0,) * (config.head_dim // 2)))
+    written = json.loads(json.dumps(families.to_hf(config)))
+    assert written['model_type'] == family and families.from_hf(written) == config

@@ -44,7 +44,7 @@ def attention(
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads * width)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(softcap, q, k, v, visible):
     """`[b, k, q, s, h]`, twice `[b, k, t, h]`, `[b or 1, 1, 1, s or 1, t]` -> `[b, k, q, s, h]`."""
     return _forward(softcap, q, k, v, visible)[0]
