@@ -147,9 +147,13 @@ def test_merged_model_equals_adapted(command, checkpoint, document, base, tmp_pa
         'merged': {'model': merged},
         'base': {'model': 'smollm2'},
     }.items():
-        code, out, err = command('logits', input=tokens, output=tmp_path / name, **settings)
+        code, out, err = command(
+            'logits', input=tokens, output=tmp_path / f'{name}.npz', **settings
+        )
         assert code == 0, err
-    adapted, merged, plain = (np.load(tmp_path / name) for name in ('adapted', 'merged', 'base'))
+    adapted, merged, plain = (
+        np.load(tmp_path / f'{name}.npz') for name in ('adapted', 'merged', 'base')
+    )
     assert adapted['hidden_states'].shape == (31, 2, padded.shape[1], 576)
     real = padded > 0
     scale = np.abs(adapted['logits']).max()
