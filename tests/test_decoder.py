@@ -189,11 +189,12 @@ def test_blocked_attention_is_unblocked_attention(tiny, monkeypatch, packed):
     keys = []
     attend = attention_lib.attention
     monkeypatch.setattr(attention_lib, '_QUERY_BLOCK', 10)
-    monkeypatch.setattr(
-        attention_lib,
-        'attention',
-        lambda q, k, *args: (keys.append(k.shape[1]), attend(q, k, *args))[1],
-    )
+
+    def counted(q, k, *args, **kwargs):
+        keys.append(k.shape[1])
+        return attend(q, k, *args, **kwargs)
+
+    monkeypatch.setattr(attention_lib, 'attention', counted)
     blocked = decoder.apply({'params': tiny.params}, TOKENS, **kwargs).hidden
     assert set(keys) == {10, 20, 24}  # no block looks past its own end
     np.testing.assert_allclose(blocked, whole, atol=1e-5)
