@@ -162,7 +162,11 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
         _write(path, metrics)
         work_done += work(length)
         left = (time.perf_counter() - start) / work_done * sum(work(n) for n in todo if n > length)
-        scores = '  '.join(f'{m} {value:.2f}' for m, value in metrics['exact_match'][key].items())
+        scores = '; '.join(
+            f'{name.replace("_", " ")} '
+            + '  '.join(f'{m} {value:.2f}' for m, value in metrics[name][key].items())
+            for name in (score.__name__ for score in SCORES)
+        )
         print(f'{length} tokens: {scores}  ETA {left / 60:.0f} min', flush=True)
     _draw(workdir, metrics, base)
 
