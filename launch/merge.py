@@ -1,4 +1,4 @@
-"""Adds an adapter to its base model and writes the sum as a model folder that transformers loads.
+"""Adds an adapter to its base model and writes the sum as a Hugging Face model folder.
 
 python -m launch.merge --adapter=DIR --output=DIR [--base=NAME_OR_DIR] [--dtype=float32]
 """

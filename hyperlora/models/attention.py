@@ -114,7 +114,6 @@ def causal_attention(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array | None = None,
-    together: jax.Array | None = None,
     window: int | None = None,
     local: jax.Array | bool = False,
     **kwargs,
@@ -124,7 +123,6 @@ def causal_attention(
     Args:
       q, k, v: as for `attention`, with s = t.
       segments: `[b, s]`; tokens of other segments are not seen. None for one segment.
-      together: `[b, s]`; tokens of one group other than 0 see each other in both directions.
       window, local: see `sees`.
       **kwargs: scale and softcap of `attention`.
     """
@@ -132,12 +130,8 @@ def causal_attention(
     blocks = []
     for start in range(0, tokens, _QUERY_BLOCK):
         end = min(start + _QUERY_BLOCK, tokens)
-        last = end if together is None else tokens
-        visible = sees(jnp.arange(start, end), jnp.arange(last), window, local)[None]
-        if together is not None:
-            own, others = together[:, start:end, None], together[:, None]
-            visible |= (own == others) & (own != 0)
+        visible = sees(jnp.arange(start, end), jnp.arange(end), window, local)[None]
         if segments is not None:
-            visible &= segments[:, start:end, None] == segments[:, None, :last]
-        blocks.append(attention(q[:, start:end], k[:, :last], v[:, :last], visible, **kwargs))
+            visible &= segments[:, start:end, None] == segments[:, None, :end]
+        blocks.append(attention(q[:, start:end], k[:, :end], v[:, :end], visible, **kwargs))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, 1)

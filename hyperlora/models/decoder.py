@@ -65,14 +65,12 @@ class Places:
     Attributes:
       positions: `[b, s]` int32.
       segments: `[b, s]` or None, see `Decoder`.
-      together: `[b, s]` or None, see `Decoder`.
       angles: of rope in global layers.
       local_angles: in local layers, None where they are the same.
     """
 
     positions: jax.Array
     segments: jax.Array | None
-    together: jax.Array | None
     angles: Angles
     local_angles: Angles | None
 
@@ -81,7 +79,6 @@ def places(
     config: DecoderConfig,
     positions: jax.Array,
     segments: jax.Array | None = None,
-    together: jax.Array | None = None,
 ) -> Places:
     """Computes the angles of rope, once for all layers."""
 
@@ -91,7 +88,7 @@ def places(
         return jnp.sin(turned), jnp.cos(turned)
 
     local = None if config.local_rope is None else angles(config.local_rope)
-    return Places(positions, segments, together, angles(config.rope), local)
+    return Places(positions, segments, angles(config.rope), local)
 
 
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:
@@ -181,9 +178,7 @@ class Attention(nn.Module):
         v = project('v_proj', c.num_kv_heads)
         settings = {'scale': c.query_scale, 'softcap': c.attention_softcap}
         if cache is None:
-            y = causal_attention(
-                q, k, v, places.segments, places.together, c.attention_window, local, **settings
-            )
+            y = causal_attention(q, k, v, places.segments, c.attention_window, local, **settings)
             if self.cache_length is not None:
                 room = ((0, 0), (0, self.cache_length - tokens), (0, 0), (0, 0))
                 cache = KVCache(jnp.pad(k, room), jnp.pad(v, room))
@@ -353,31 +348,26 @@ class _Embedder(nn.Module):
 def first_layers(
     config: DecoderConfig,
     params: Any,
-    x: jax.Array,
+    tokens: jax.Array,
     count: int,
     segments: jax.Array | None = None,
-    together: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the first `count` layers of a decoder, without a gradient.
 
     The layers' weights are read where they lie: a decoder of fewer layers would copy its slice.
 
     Args:
-      x: `[b, s]` int32 tokens, or `[b, s, d]` what the first layer is to read.
+      tokens: `[b, s]` int32.
       segments: `[b, s]` int32: tokens of other segments are not seen. Without them, padding goes
         to the right.
-      together: `[b, s]` int32: tokens of one group (0 for none) see each other in both directions,
-        as those of an image.
 
     Returns:
       The final norm of the last layer's output, `[b, s, d]`, and the input of every layer,
       `[count, b, s, d]` (not computed under jit if not used).
     """
     params = jax.lax.stop_gradient(params)
-    if x.ndim == 2:
-        x = embed(config, params['embedder']['embedding'], x)
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    where = places(config, positions, segments, together)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    where = places(config, positions, segments)
     kinds = local_flags(config)
 
     def layer(x, index):
@@ -388,6 +378,7 @@ def first_layers(
         out, _ = Block(config, None).apply({'params': own}, x, None, None, local, where, None, None)
         return out, x
 
+    x = embed(config, params['embedder']['embedding'], tokens)
     x, inputs = jax.lax.scan(layer, x, jnp.arange(count))
     norm = RMSNorm(config.norm_eps, config.norm_offset)
     return norm.apply({'params': params['final_norm']}, x), inputs

@@ -197,7 +197,7 @@ def save_hf(
     hf_config: Mapping[str, Any],
     shard_bytes: int = 2 * 10**9,
 ) -> None:
-    """Writes a model folder that transformers loads: safetensors, their index and config.json.
+    """Writes a Hugging Face model folder: safetensors, their index and config.json.
 
     config.json comes last: a folder without it is not complete.
 
