@@ -51,7 +51,13 @@ def _published(base: str, early_exit: int) -> ConfigDict:
             'keep_checkpoints': 2,
             'hypernetwork': {
                 'name': 'doc_to_lora',
-                'encoder': {'name': 'early_exit', 'num_layers': early_exit},
+                # `model`: the name of another model that reads the documents.
+                'encoder': {
+                    'name': 'early_exit',
+                    'num_layers': early_exit,
+                    'model': '',
+                    'dtype': 'bfloat16',
+                },
                 'modules': ('down_proj',),
                 'shape': {
                     'rank': 8,
@@ -98,6 +104,9 @@ def _published(base: str, early_exit: int) -> ConfigDict:
             },
             # How `launch.adapt` and the evaluation cut documents.
             'chunk_length': 1024,
+            # Tokens around every chunk, as a chat template would put them.
+            'chunk_prefix': (),
+            'chunk_suffix': (),
             # Gates below it are shut then; see `DocToLora`.
             'min_gate': 0.0,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -12,33 +13,50 @@ from d2l.hypernetwork import DocToLora, DocToLoraConfig
 from hyperlora import lora
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
+from hyperlora.models.base import BaseModel, load_base
 from hyperlora.models.families import DecoderConfig
 
 
-def build(config: ConfigDict, base: DecoderConfig) -> Hypernetwork:
-    """Builds the hypernetwork for a base model that is its own context encoder.
+def make_module(config: ConfigDict, base: DecoderConfig, encoder: DecoderConfig) -> DocToLora:
+    """The hypernetwork for a base model, which reads activations of an encoder.
 
     Raises:
-      UserError: unknown context encoder.
+      UserError: unknown target module.
     """
-    if config.encoder.name not in CONTEXT_ENCODERS:
-        raise UserError(
-            f'unknown context encoder {config.encoder.name!r}; known: {", ".join(CONTEXT_ENCODERS)}'
-        )
-    options = {'num_layers': config.encoder.num_layers} if config.encoder.num_layers else {}
-    encoder = functools.partial(CONTEXT_ENCODERS[config.encoder.name], base, **options)
-    module = DocToLora(
+    return DocToLora(
         DocToLoraConfig(
             num_layers=base.num_layers,
             dims=lora.module_dims(base, config.modules),
             layer_to_layer=config.encoder.name == 'per_layer_activations',
-            feature_width=base.width,
+            feature_width=encoder.width,
             **config.shape,
         )
     )
 
-    def encode(frozen, context):
-        return encoder(frozen, context['tokens']), context['mask']
+
+def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -> Hypernetwork:
+    """Builds the hypernetwork; `config.encoder.model` reads the documents, or the base itself.
+
+    Raises:
+      UserError: unknown context encoder, or one with too few layers; unknown target module.
+    """
+    name = config.encoder.name
+    if name not in CONTEXT_ENCODERS:
+        raise UserError(f'unknown context encoder {name!r}; known: {", ".join(CONTEXT_ENCODERS)}')
+    encoder = base
+    if config.encoder.model:
+        encoder = load_base(config.encoder.model, jnp.dtype(config.encoder.dtype), mesh)
+    module = make_module(config, base.config, encoder.config)
+    count = base.config.num_layers if module.config.layer_to_layer else config.encoder.num_layers
+    if count > encoder.config.num_layers:
+        raise UserError(
+            f'the context encoder {encoder.name} has {encoder.config.num_layers} layers; '
+            f'{name} needs {count}'
+        )
+    features = functools.partial(CONTEXT_ENCODERS[name], encoder.config, num_layers=count)
+
+    def encode(params, context):
+        return features(params, context['tokens']), context['mask']
 
     example = {'tokens': jnp.zeros((1, 8), jnp.int32), 'mask': jnp.ones((1, 8), bool)}
-    return Hypernetwork(module, encode, example)
+    return Hypernetwork(module, encoder, encode, example)

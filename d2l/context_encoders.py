@@ -1,6 +1,6 @@
-"""Context encoders: what the hypernetwork sees of a chunk, computed by the frozen model itself.
+"""Context encoders: what the hypernetwork sees of a chunk, computed by a frozen model.
 
-Axes: n chunks, e entries (1, or l layers), s tokens, f feature width.
+Axes: n chunks, e entries (1, or one per layer of the base model), s tokens, f feature width.
 
 Source: Doc-to-LoRA (arXiv 2602.15902), section 3.1. Nothing here is differentiated.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hyperlora.models.decoder import first_layers
+from hyperlora.models.decoder import embed, first_layers
 from hyperlora.models.families import DecoderConfig
 
 
@@ -27,13 +27,27 @@ def early_exit(
     return first_layers(config, params, tokens, num_layers)[0][:, None]
 
 
-def per_layer_activations(config: DecoderConfig, params: Any, tokens: jax.Array) -> jax.Array:
-    """The input of every block, embeddings first, `[n, l, s, f]`; the last after the final norm.
+def embed_only(
+    config: DecoderConfig, params: Any, tokens: jax.Array, *, num_layers: int = 0
+) -> jax.Array:
+    """Token embeddings, `[n, 1, s, f]`; `num_layers` plays no part."""
+    table = jax.lax.stop_gradient(params['embedder']['embedding'])
+    return embed(config, table, tokens)[:, None]
 
-    The last block is never run.
+
+def per_layer_activations(
+    config: DecoderConfig, params: Any, tokens: jax.Array, *, num_layers: int
+) -> jax.Array:
+    """The input of each of the first `num_layers` blocks, embeddings first, `[n, e, s, f]`.
+
+    The last is taken after the final norm; the last block is never run.
     """
-    hidden, inputs = first_layers(config, params, tokens, config.num_layers - 1)
+    hidden, inputs = first_layers(config, params, tokens, num_layers - 1)
     return jnp.concatenate([inputs, hidden[None]]).swapaxes(0, 1)
 
 
-CONTEXT_ENCODERS = {'early_exit': early_exit, 'per_layer_activations': per_layer_activations}
+CONTEXT_ENCODERS = {
+    'early_exit': early_exit,
+    'embed_only': embed_only,
+    'per_layer_activations': per_layer_activations,
+}

@@ -14,7 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from d2l.perceiver import Perceiver, PerceiverConfig, dense, torch_linear_init
+from d2l.perceiver import Perceiver, PerceiverConfig
+from hyperlora.layers import dense, torch_linear_init
 from hyperlora.lora import Lora, LoraPair
 
 

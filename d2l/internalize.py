@@ -28,9 +28,9 @@ _MAX_RANK = 2048  # past this rank a growing LoRA is folded into its delta, whic
 def _generate(trained: Trained):
     """Jitted generation for a chunk batch; one per model, so that shapes compile once."""
 
-    def run(params, frozen, context, iterative):
+    def run(params, encoder_params, context, iterative):
         return trained.hypernetwork.generate(
-            params, frozen, context, iterative=iterative, min_gate=trained.config.min_gate
+            params, encoder_params, context, iterative=iterative, min_gate=trained.config.min_gate
         )
 
     return jax.jit(run, static_argnames='iterative')
@@ -47,12 +47,15 @@ class Internalizer:
         """`iterative` runs the Perceiver layer by layer or chunk by chunk: less memory, slower."""
         self.trained = trained
         self._run = functools.partial(
-            _generate(trained), trained.params, trained.base.params, iterative=iterative
+            _generate(trained),
+            trained.params,
+            trained.hypernetwork.encoder.params,
+            iterative=iterative,
         )
         self.shared: Lora | None = None
 
     def split(self, document: Sequence[int]) -> list[tuple[int, ...]]:
-        """Chunks of a document's tokens.
+        """Chunks of a document's tokens, which are the context encoder's.
 
         Raises:
           UserError: the document is empty.
@@ -62,7 +65,9 @@ class Internalizer:
         return [
             tuple(chunk)
             for chunk in chunking.split(
-                document, self.trained.base.tokenizer, self.trained.config.chunk_length
+                document,
+                self.trained.hypernetwork.encoder.tokenizer,
+                self.trained.config.chunk_length,
             )
         ]
 
@@ -72,11 +77,13 @@ class Internalizer:
         A chunk whose gate is shut has a LoRA of zeros and is left out. Chunks are padded to a few
         lengths and run in batches of a few sizes.
         """
-        longest = self.trained.config.chunk_length
+        config = self.trained.config
+        prefix, suffix = tuple(config.chunk_prefix), tuple(config.chunk_suffix)
+        longest = len(prefix) + config.chunk_length + len(suffix)
         by_length = collections.defaultdict(list)
         for chunk in chunks:
             length = 32
-            while length < len(chunk):
+            while length < len(prefix) + len(chunk) + len(suffix):
                 length *= 2
             by_length[min(length, max(longest, 32))].append(chunk)
         kept, parts = [], []
@@ -86,7 +93,7 @@ class Internalizer:
                 # The largest power of two that can be filled: no shape but powers of two.
                 size = min(most, 1 << (len(waiting).bit_length() - 1))
                 now, waiting = waiting[:size], waiting[size:]
-                tokens, mask = chunking.pad(now, length)
+                tokens, mask = chunking.pad([prefix + chunk + suffix for chunk in now], length)
                 loras, self.shared = self._run({'tokens': tokens, 'mask': mask})
                 speaks = np.flatnonzero(~lora_lib.silent_rows(loras))
                 kept += [now[i] for i in speaks]

@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from d2l import chunking, haystacks
+from hyperlora.models.base import BaseModel
 from hyperlora.models.tokenizers import Tokenizer
 
 NEEDLE = 'The special magic number is {}.'
@@ -113,11 +114,17 @@ class NeedleGroups:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stages: list[dict[str, Any]], seed: int, groups_per_step: int
+        self,
+        tokenizer: Tokenizer,
+        context_tokenizer: Tokenizer,
+        stages: list[dict[str, Any]],
+        seed: int,
+        groups_per_step: int,
     ):
         self.seed, self.groups_per_step = seed, groups_per_step
         self.stages = [dict(stage) for stage in stages]
-        self.writer = Writer(tokenizer)
+        self.tokenizer = tokenizer
+        self.writer = Writer(context_tokenizer)
         self.haystacks = {
             name: haystacks.get(name) for stage in self.stages for name in stage['haystacks']
         }
@@ -171,7 +178,7 @@ class NeedleGroups:
 
     def answers(self, question: str, numbers: list[str]) -> dict[str, np.ndarray]:
         """Query tokens and labels: each query's answer, then the end of the turn."""
-        tokenizer = self.writer.tokenizer
+        tokenizer = self.tokenizer
         prompt = tokenizer.prompt(question)
         labels = np.asarray([[*tokenizer.encode(n), tokenizer.eos_id] for n in numbers], np.int32)
         prompts = np.tile(np.asarray(prompt, np.int32), (len(numbers), 1))
@@ -185,10 +192,17 @@ class NeedleGroups:
 
 
 def build(
-    config: ConfigDict, tokenizer: Tokenizer, seed: int, groups: int, accumulate: int
+    config: ConfigDict,
+    base: BaseModel,
+    encoder: BaseModel,
+    seed: int,
+    groups: int,
+    accumulate: int,
 ) -> grain.MapDataset:
     """Training steps: every leaf `[accumulate, groups * per group, ...]`."""
-    source = NeedleGroups(tokenizer, config.stages, seed, groups * accumulate)
+    source = NeedleGroups(
+        base.tokenizer, encoder.tokenizer, config.stages, seed, groups * accumulate
+    )
 
     def stack(items):
         def leaf(*xs):

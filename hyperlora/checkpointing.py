@@ -10,7 +10,7 @@ import tempfile
 import flax.traverse_util
 import grain
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
@@ -208,8 +208,8 @@ def check_meta(saved: dict, current: dict):
         )
 
 
-def export(directory, params, config: dict):
-    """Writes trained weights for shipping: bfloat16 safetensors and a JSON config.
+def export(directory, params, config: dict, dtype: str = 'bfloat16'):
+    """Writes trained weights for shipping: safetensors and a JSON config.
 
     Both appear at once, by renaming a directory; an earlier export there is replaced.
 
@@ -217,6 +217,7 @@ def export(directory, params, config: dict):
       directory: local path to write to.
       params: nested dict of arrays that this process can read in full.
       config: what is needed to rebuild the model, JSON-serialisable.
+      dtype: of the weights in the file.
 
     Raises:
       UserError: `directory` holds something else, or cannot be written.
@@ -225,7 +226,7 @@ def export(directory, params, config: dict):
     flat = flax.traverse_util.flatten_dict(params, sep='/')
     # order='C', as safetensors writes the raw buffer and would ignore strides.
     tensors = {
-        name: np.asarray(jax.device_get(value)).astype(ml_dtypes.bfloat16, order='C')
+        name: np.asarray(jax.device_get(value)).astype(jnp.dtype(dtype), order='C')
         for name, value in flat.items()
     }
     try:

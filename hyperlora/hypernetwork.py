@@ -1,8 +1,8 @@
 """What every hypernetwork fulfils, and the registry that configs name it by.
 
 A hypernetwork is a builder: given the base model and its part of the config, it returns a
-`Hypernetwork` of two pure functions. To add one: a file with such a builder, a line in `_BUILDERS`,
-a config.
+`Hypernetwork`: a linen module and what it reads. To add one: a file with such a builder, a line in
+`_BUILDERS`, a config.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 
 from hyperlora.errors import UserError
 from hyperlora.lora import Lora
-from hyperlora.models.families import DecoderConfig
+from hyperlora.models.base import BaseModel
 
 _BUILDERS = {
     'doc_to_lora': 'd2l.build:build',
+    'text_to_lora': 't2l.build:build',
 }
 
 
@@ -32,32 +33,37 @@ class Hypernetwork:
     Attributes:
       module: linen module whose `__call__(features, mask)` returns (a Lora of one row per context
         chunk, a Lora of one row shared by all or None). Its parameters are all that trains.
-      encode: (frozen base parameters, context batch) -> (features, mask). Not differentiated. The
-        context batch is the `context` entry of a batch, e.g. `tokens [n, s]`, `mask [n, s]`.
+      encoder: the frozen model that reads contexts, with `params` and a `fingerprint`; often the
+        base model itself.
+      encode: (the encoder's parameters, context batch) -> (features, mask). Not differentiated.
+        The context batch is the `context` entry of a batch, e.g. `tokens [n, s]`, `mask [n, s]`.
       example: a context batch of the smallest size, for initialisation.
     """
 
     module: nn.Module
-    encode: Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
+    encoder: Any
+    encode: Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array | None]]
     example: dict[str, jax.Array]
 
     def generate(
-        self, params: Any, frozen: Any, context: dict[str, jax.Array], **kwargs
+        self, params: Any, encoder_params: Any, context: dict[str, jax.Array], **kwargs
     ) -> tuple[Lora, Lora | None]:
         """LoRAs of a context batch; differentiable in `params`."""
-        features, mask = self.encode(frozen, context)
+        features, mask = self.encode(encoder_params, context)
         return self.module.apply(
             {'params': params}, jax.lax.stop_gradient(features), mask, **kwargs
         )
 
-    def init(self, key: jax.Array, frozen: Any) -> Any:
+    def init(self, key: jax.Array, encoder_params: Any) -> Any:
         """Fresh parameters, boxed with their logical axis names."""
-        features, mask = self.encode(frozen, self.example)
+        features, mask = self.encode(encoder_params, self.example)
         return self.module.init(key, features, mask)['params']
 
 
-def build(config: ConfigDict, base: DecoderConfig) -> Hypernetwork:
-    """Builds `config.name` for a base model.
+def build(
+    config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None = None
+) -> Hypernetwork:
+    """Builds `config.name` for a base model; an encoder of its own is loaded onto the mesh.
 
     Raises:
       UserError: no hypernetwork of that name.
@@ -65,4 +71,4 @@ def build(config: ConfigDict, base: DecoderConfig) -> Hypernetwork:
     if config.name not in _BUILDERS:
         raise UserError(f'unknown hypernetwork {config.name!r}; known: {", ".join(_BUILDERS)}')
     module, function = _BUILDERS[config.name].split(':')
-    return getattr(importlib.import_module(module), function)(config, base)
+    return getattr(importlib.import_module(module), function)(config, base, mesh)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from hyperlora.errors import UserError
 from hyperlora.models.families import DecoderConfig
 
 # Where each adapted projection lives among the decoder's stacked layer parameters.
@@ -36,7 +37,11 @@ MODULES = {
 
 
 def module_dims(config: DecoderConfig, modules: Iterable[str]) -> tuple[tuple[str, int, int], ...]:
-    """(module, i, o) of the named modules of a decoder, sorted by name."""
+    """(module, i, o) of the named modules of a decoder, sorted by name.
+
+    Raises:
+      UserError: unknown module.
+    """
     c = config
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     table = {
@@ -48,6 +53,11 @@ def module_dims(config: DecoderConfig, modules: Iterable[str]) -> tuple[tuple[st
         'up_proj': (c.width, c.mlp_width),
         'down_proj': (c.mlp_width, c.width),
     }
+    unknown = set(modules) - table.keys()
+    if unknown:
+        raise UserError(
+            f'unknown target modules {", ".join(sorted(unknown))}; known: {", ".join(table)}'
+        )
     return tuple((name, *table[name]) for name in sorted(modules))
 
 

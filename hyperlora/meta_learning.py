@@ -115,7 +115,7 @@ class Learner:
 
         Args:
           params: hypernetwork parameters.
-          frozen: base model parameters.
+          frozen: parameters of the `base` model and of the context `encoder`.
           batch: `context`, what the hypernetwork's encoder takes, of `[g * n, ...]`;
             `query`: tokens `[b, t]`, labels, label_positions (of the hidden state that predicts
             each) and label_weights `[b, k]`, chunk_weights `[b, n]`.
@@ -124,14 +124,14 @@ class Learner:
           (loss sum, {'weight', 'loss', 'l1', 'exact', 'queries'} sums).
         """
         query = batch['query']
-        chunks, shared = self.hypernetwork.generate(params, frozen, batch['context'])
+        chunks, shared = self.hypernetwork.generate(params, frozen['encoder'], batch['context'])
         adapter, rank_weights = lora.compose(chunks, shared, self.groups, query['chunk_weights'])
         hidden = self.decoder.apply(
-            {'params': frozen}, query['tokens'], lora=adapter, rank_weights=rank_weights
+            {'params': frozen['base']}, query['tokens'], lora=adapter, rank_weights=rank_weights
         ).hidden
         # Logits only where there is a label: vocabularies are large.
         hidden = jnp.take_along_axis(hidden, query['label_positions'][..., None], 1)
-        logits = self.decoder.apply({'params': frozen}, hidden, method='unembed')
+        logits = self.decoder.apply({'params': frozen['base']}, hidden, method='unembed')
         weights = query['label_weights']
         total = (weights * self.objective(logits, query)).sum()
         penalty = l1_of_generated(
@@ -182,13 +182,15 @@ class Learner:
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    def init(self, key: jax.Array, frozen: Any) -> TrainState:
+    def init(self, key: jax.Array, encoder_params: Any) -> TrainState:
         """A fresh state; leaves are boxed with their logical axis names."""
-        params = self.hypernetwork.init(key, frozen)
+        params = self.hypernetwork.init(key, encoder_params)
         return TrainState(jnp.int32(0), params, self.optimizer.init(params))
 
 
-def make_learner(config: ConfigDict, base: BaseModel, groups: int) -> Learner:
+def make_learner(
+    config: ConfigDict, base: BaseModel, groups: int, mesh: jax.sharding.Mesh | None = None
+) -> Learner:
     """Builds the learner that a config names.
 
     Raises:
@@ -199,7 +201,7 @@ def make_learner(config: ConfigDict, base: BaseModel, groups: int) -> Learner:
             f'unknown objective {config.objective.name!r}; known: {", ".join(OBJECTIVES)}'
         )
     return Learner(
-        hypernetwork.build(config.hypernetwork, base.config),
+        hypernetwork.build(config.hypernetwork, base, mesh),
         Decoder(base.config, remat=config.remat),
         OBJECTIVES[config.objective.name],
         config.objective.l1,
@@ -223,25 +225,21 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     # ---- mesh and base model
     mesh = sharding.make_mesh(config.mesh)
     groups = sharding.data_shards(mesh)
-    base = load_base(config.base, jnp.dtype(config.base_dtype))
-    learner = make_learner(config, base, groups)
+    base = load_base(config.base, jnp.dtype(config.base_dtype), mesh)
+    learner = make_learner(config, base, groups, mesh)
+    encoder = learner.hypernetwork.encoder
+    frozen = {'base': base.params, 'encoder': encoder.params}
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         # ---- state: abstract first, then shardings, then created where it lives
-        boxed = jax.eval_shape(
-            lambda: learner.decoder.init(
-                jax.random.key(0), jnp.zeros((1, 8), jnp.int32), method='init_all'
-            )
-        )['params']
-        frozen = jax.device_put(base.params, sharding.shardings(boxed, mesh))
         key = jax.random.key(config.seed)
 
-        def init(frozen):
-            return nn.unbox(learner.init(key, frozen))
+        def init(encoder_params):
+            return nn.unbox(learner.init(key, encoder_params))
 
-        places = sharding.shardings(jax.eval_shape(learner.init, key, frozen), mesh)
+        places = sharding.shardings(jax.eval_shape(learner.init, key, encoder.params), mesh)
         abstract = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            jax.eval_shape(init, frozen),
+            jax.eval_shape(init, encoder.params),
             places,
         )
 
@@ -249,16 +247,20 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         batch_place = NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp')))
         batches = iter(
             data.build(
-                config.data, base.tokenizer, config.seed, groups, config.accumulate
+                config.data, base, encoder, config.seed, groups, config.accumulate
             ).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
         )
-        meta = {'base_fingerprint': base.fingerprint, 'config': config.to_dict()}
+        meta = {
+            'base_fingerprint': base.fingerprint,
+            'encoder_fingerprint': encoder.fingerprint,
+            'config': config.to_dict(),
+        }
         checkpointer = Checkpointer(
             f'{workdir}/checkpoints', config.checkpoint_every, config.keep_checkpoints
         )
         start = checkpointer.latest_step()
         if start is None:
-            state = jax.jit(init, out_shardings=places)(frozen)
+            state = jax.jit(init, out_shardings=places)(encoder.params)
         else:
             check_meta(checkpointer.meta(start), meta)
             state = checkpointer.restore(start, abstract, batches)

@@ -61,24 +61,30 @@ def load(checkpoint: str, base: BaseModel | None = None) -> Trained:
         )
     try:
         config, fingerprint = ConfigDict(meta['config']), meta['base_fingerprint']
+        encoder_fingerprint = meta['encoder_fingerprint']
         base = base or load_base(config.base, jnp.dtype(config.base_dtype))
         if fingerprint != base.fingerprint:
             raise UserError(
                 f'{folder} was trained for base model {fingerprint} '
                 f'({config.base}), not for {base.fingerprint} ({base.name})'
             )
-        built = hypernetwork.build(config.hypernetwork, base.config)
+        built = hypernetwork.build(config.hypernetwork, base)
+        if encoder_fingerprint != built.encoder.fingerprint:
+            raise UserError(
+                f'{folder} was trained with the encoder {encoder_fingerprint}, not with '
+                f'{built.encoder.fingerprint} ({built.encoder.name})'
+            )
     except (KeyError, AttributeError, TypeError) as e:
         raise UserError(f'{folder}/config.json is not that of a hypernetwork ({e})') from e
-    expected = nn.unbox(jax.eval_shape(built.init, jax.random.key(0), base.params))
-    wrong = _differences(expected, params)
+    expected = nn.unbox(jax.eval_shape(built.init, jax.random.key(0), built.encoder.params))
+    wrong = differences(expected, params)
     if wrong:
         raise UserError(f'{folder}: the tensors do not fit the config: {", ".join(wrong)}')
     return Trained(config, base, built, jax.tree.map(jnp.asarray, params))
 
 
-def _differences(expected: Any, found: Any) -> list[str]:
-    """Names of missing, extra and misshapen leaves."""
+def differences(expected: Any, found: Any) -> list[str]:
+    """What is missing, extra or misshapen among the leaves of a tree of parameters."""
 
     def flat(tree):
         return {

@@ -29,7 +29,7 @@ def main(_):
     from hyperlora import adapters, trained
 
     model = trained.load(_CHECKPOINT.value)
-    tokens = model.base.tokenizer.encode(text)
+    tokens = model.hypernetwork.encoder.tokenizer.encode(text)
     internalizer = Internalizer(model, _ITERATIVE.value)
     start = time.perf_counter()
     lora = jax.block_until_ready(internalizer(tokens))

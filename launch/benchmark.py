@@ -96,7 +96,11 @@ def train_step(config, base, batch) -> dict:
     params = jax.jit(lambda f: nn.unbox(learner.hypernetwork.init(jax.random.key(0), f)))(
         base.params
     )
-    gradient = jax.grad(learner.loss, has_aux=True)
+
+    def gradient(params, frozen, batch):
+        both = {'base': frozen, 'encoder': frozen}
+        return jax.grad(learner.loss, has_aux=True)(params, both, batch)
+
     args = params, base.params, batch
     compiled = jax.jit(gradient).lower(*args).compile()
     memory = compiled.memory_analysis()
@@ -117,7 +121,7 @@ def internalise(config, base, tokens: int) -> dict:
 
     from hyperlora import hypernetwork
 
-    built = hypernetwork.build(config.hypernetwork, base.config)
+    built = hypernetwork.build(config.hypernetwork, base)
     params = jax.jit(lambda f: nn.unbox(built.init(jax.random.key(0), f)))(base.params)
     context = {'tokens': jnp.ones((1, tokens), jnp.int32), 'mask': jnp.ones((1, tokens), bool)}
     args = params, base.params, context
@@ -155,7 +159,7 @@ def main(_):
 
     last_stage = sum(stage['steps'] for stage in config.data.stages[:-1])
     batch = jax.tree.map(
-        lambda x: jnp.asarray(x[0]), data.build(config.data, base.tokenizer, 0, 1, 1)[last_stage]
+        lambda x: jnp.asarray(x[0]), data.build(config.data, base, base, 0, 1, 1)[last_stage]
     )
     measured = train_step(config, base, batch)
     report(

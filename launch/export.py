@@ -20,7 +20,7 @@ def main(_):
     from hyperlora import checkpointing
 
     params, meta = checkpointing.load_params(pathlib.Path(_WORKDIR.value).resolve() / 'checkpoints')
-    kept = {key: meta[key] for key in ('config', 'base_fingerprint', 'step')}
+    kept = {key: meta[key] for key in ('config', 'base_fingerprint', 'encoder_fingerprint', 'step')}
     checkpointing.export(_OUTPUT.value, params, kept)
     print(f'exported step {meta["step"]} of {_WORKDIR.value} to {_OUTPUT.value}')
 

@@ -90,7 +90,7 @@ def main(_):
     rng = np.random.default_rng(seed)
     (number,) = niah.random_numbers(rng, 1)
     document = (
-        niah.Writer(model.base.tokenizer)
+        niah.Writer(model.hypernetwork.encoder.tokenizer)
         .write(rng, haystacks.varied, _TOKENS, niah.NEEDLE.format(number))
         .tokens
     )
@@ -101,7 +101,7 @@ def main(_):
     )
     compare(model, document, niah.QUESTION, 16)
     if text is not None:
-        document = model.base.tokenizer.encode(text)
+        document = model.hypernetwork.encoder.tokenizer.encode(text)
         print(f'\n{_DOCUMENT.value}, {len(document)} tokens: {_QUESTION.value}')
         compare(model, document, _QUESTION.value, 64)
 

@@ -39,7 +39,7 @@ def untrained(base):
     """(config, parameters) of a hypernetwork whose LoRAs change the answers."""
     config = d2l_niah.get_config('tiny')
     config.chunk_length = 128
-    built = hypernetwork.build(config.hypernetwork, base.config)
+    built = hypernetwork.build(config.hypernetwork, base)
     params = jax.jit(lambda frozen: nn.unbox(built.init(jax.random.key(0), frozen)))(base.params)
     rng = np.random.default_rng(0)
     return config, jax.tree.map(

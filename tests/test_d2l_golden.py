@@ -108,7 +108,7 @@ def test_end_to_end_on_llama(golden_llama):
 def test_per_layer_activations_are_block_inputs(golden_llama):
     config, base = golden_llama
     tokens = np.arange(12, dtype=np.int32)[None]
-    features = np.asarray(per_layer_activations(config, base, tokens))
+    features = np.asarray(per_layer_activations(config, base, tokens, num_layers=config.num_layers))
     assert features.shape == (1, config.num_layers, 12, config.width)
     np.testing.assert_array_equal(features[0, 0], base['embedder']['embedding'][:12])
     np.testing.assert_allclose(

@@ -6,13 +6,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_base, tiny_training
+from conftest import CharTokenizer, tiny_base, tiny_training
 
-from d2l import internalize
+from d2l import build, internalize
 from d2l.internalize import Answerer, Internalizer, Question
 from hyperlora import hypernetwork
 from hyperlora.errors import UserError
 from hyperlora.generation import answer
+from hyperlora.models.decoder import first_layers
 from hyperlora.trained import Trained
 
 SENTENCES = ('One thing. ', 'Another one, longer than that. ', 'Why? ', 'The number is 7. ')
@@ -23,7 +24,7 @@ def model():
     """A random hypernetwork of the tiny base that reads chunks of 40 tokens; gates half open."""
     base, config = tiny_base(), tiny_training()
     config.chunk_length = 40
-    built = hypernetwork.build(config.hypernetwork, base.config)
+    built = hypernetwork.build(config.hypernetwork, base)
     params = nn.unbox(jax.jit(built.init)(jax.random.key(0), base.params))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape, np.float32), params)
@@ -70,6 +71,48 @@ def test_chunks_add_up(model):
     chunks = Internalizer(model).split(tokens)
     assert len(chunks) > 3
     assert_same(delta(Internalizer(model)(tokens)), direct(model, tokens))
+
+
+def test_affixes_go_around_every_chunk(model):
+    tokens = document(0)
+    config = model.config.copy_and_resolve_references()
+    config.chunk_prefix, config.chunk_suffix = (5, 6), (7,)
+    affixed = dataclasses.replace(model, config=config)
+    ours = delta(Internalizer(affixed)(tokens))
+    total = None
+    for chunk in Internalizer(model).split(tokens):
+        context = {
+            'tokens': np.asarray([(5, 6, *chunk, 7)], np.int32),
+            'mask': np.ones((1, len(chunk) + 3), bool),
+        }
+        own, shared = model.hypernetwork.generate(model.params, model.base.params, context)
+        total = delta(own) if total is None else {k: v + total[k] for k, v in delta(own).items()}
+    assert_same(ours, {name: value + delta(shared)[name] for name, value in total.items()})
+
+
+def test_another_model_may_read_the_documents(monkeypatch):
+    """Its features, its tokenizer; the base model only carries the LoRA."""
+    base, config = tiny_base(), tiny_training()
+    config.chunk_length = 40
+    config.hypernetwork.encoder.model = 'reader'
+
+    class Shouting(CharTokenizer):
+        def encode(self, text):
+            return super().encode(text.upper())
+
+    reader = dataclasses.replace(tiny_base(1), tokenizer=Shouting(), fingerprint='reader')
+    monkeypatch.setattr(build, 'load_base', lambda name, dtype, mesh: reader)
+    built = hypernetwork.build(config.hypernetwork, base)
+    assert built.encoder is reader
+    params = nn.unbox(jax.jit(built.init)(jax.random.key(0), reader.params))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape, np.float32), params)
+    tokens = built.encoder.tokenizer.encode('one thing.')
+    context = {'tokens': np.asarray([tokens], np.int32), 'mask': np.ones((1, len(tokens)), bool)}
+    hidden = first_layers(reader.config, reader.params, context['tokens'], 1)[0]
+    own, shared = built.module.apply({'params': params}, hidden[:, None], context['mask'])
+    wanted = {k: v + delta(shared)[k] for k, v in delta(own).items()}
+    assert_same(delta(Internalizer(Trained(config, base, built, params))(tokens)), wanted)
 
 
 def test_layer_by_layer_gives_the_same(model):

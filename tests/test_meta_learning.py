@@ -34,12 +34,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def batch_of(config, base, groups, accumulate, step=4):
     """One training batch of the second stage: documents of several chunks and a pool."""
-    batch = data.build(config.data, base.tokenizer, config.seed, groups, accumulate)[step]
+    batch = data.build(config.data, base, base, config.seed, groups, accumulate)[step]
     rng = np.random.default_rng(0)
     weights = batch['query']['label_weights']
     # Uneven, so that a mean of means would be wrong.
     batch['query']['label_weights'] = weights * rng.integers(1, 5, weights.shape)
     return batch
+
+
+def both(params):
+    """The base model that is its own context encoder."""
+    return {'base': params, 'encoder': params}
 
 
 # Keeps the parameters and remembers the gradient as its state.
@@ -65,7 +70,7 @@ def learner_and_state(config, base, groups):
 
 def gradient_step(learner, state, base, batch):
     """The gradient and the metrics of one step."""
-    after, metrics = jax.jit(learner.step)(state, base.params, batch)
+    after, metrics = jax.jit(learner.step)(state, both(base.params), batch)
     return value_of(after.opt_state), {key: float(value) for key, value in metrics.items()}
 
 
@@ -121,7 +126,7 @@ def test_only_the_hypernetwork_trains(tiny):
     batch = batch_of(config, tiny, 1, 1)
     after = state
     for _ in range(2):
-        after, _ = step(after, tiny.params, batch)
+        after, _ = step(after, both(tiny.params), batch)
     assert int(after.step) == 2
     for path, old in jax.tree_util.tree_leaves_with_path(state.params):
         new = after.params
@@ -183,7 +188,7 @@ def test_learning_rate_warms_up_and_decays():
 @pytest.fixture(autouse=True)
 def on_the_tiny_base(monkeypatch):
     """Trains on the tiny base; a handler of SIGTERM that a training leaves is removed."""
-    monkeypatch.setattr(meta_learning, 'load_base', lambda name, dtype: tiny_base())
+    monkeypatch.setattr(meta_learning, 'load_base', lambda *_: tiny_base())
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -213,7 +218,7 @@ def straight(tmp_path_factory):
     handler = signal.getsignal(signal.SIGTERM)
     printed = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meta_learning, 'load_base', lambda name, dtype: tiny_base())
+        patch.setattr(meta_learning, 'load_base', lambda *_: tiny_base())
         patch.setattr(meta_learning, 'print', lambda text, **_: printed.append(text), raising=False)
         state = value_of(meta_learning.train(tiny_training(), str(workdir)))
     signal.signal(signal.SIGTERM, handler)
@@ -232,7 +237,7 @@ def test_training_reports_and_saves(straight):
 
 def test_a_shape_is_compiled_once(straight):
     config = tiny_training()
-    batches = data.build(config.data, tiny_base().tokenizer, config.seed, 1, 1)
+    batches = data.build(config.data, tiny_base(), tiny_base(), config.seed, 1, 1)
     shapes = {str(jax.tree.map(np.shape, batches[i])) for i in range(6)}
     assert len(shapes) in (2, 3)
     assert straight[2][-1].endswith(f'shapes compiled {len(shapes)}')
@@ -295,7 +300,7 @@ def test_changed_settings_are_refused(straight, tmp_path, change, message):
 def test_another_base_is_refused(straight, tmp_path, monkeypatch):
     shutil.copytree(straight[0], tmp_path / 'run')
     other = dataclasses.replace(tiny_base(), fingerprint='another')
-    monkeypatch.setattr(meta_learning, 'load_base', lambda name, dtype: other)
+    monkeypatch.setattr(meta_learning, 'load_base', lambda *_: other)
     with pytest.raises(UserError, match='base model'):
         meta_learning.train(tiny_training(), str(tmp_path / 'run'))
 
@@ -402,7 +407,7 @@ def test_several_devices_compute_what_one_does(tmp_path):
 def train_slowly():
     from launch import cli, train
 
-    meta_learning.load_base = lambda name, dtype: tiny_base()
+    meta_learning.load_base = lambda *_: tiny_base()
     update = meta_learning.Progress.update
 
     def slow(*args):
@@ -423,7 +428,7 @@ def compare_meshes(workdir):
     learner, state = learner_and_state(config, base, 4)
     wanted, metrics = gradient_step(learner, state, base, batch)
     assert len(jax.tree.leaves(state.params)[0].devices()) == 1
-    unconstrained = jax.jit(learner.step).lower(state, base.params, batch).as_text()
+    unconstrained = jax.jit(learner.step).lower(state, both(base.params), batch).as_text()
     assert 'sharding_constraint' not in unconstrained
     for shape in ((2, 2, 1), (1, 4, 1), (1, 2, 2)):
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
@@ -446,15 +451,15 @@ def compare_meshes(workdir):
                 if x.addressable_shards[0].data.size < x.size
             ]
             assert len(kernels) > 10, 'parameters are not divided'
-            text = jax.jit(learner.step).lower(placed, frozen, spread).as_text()
+            text = jax.jit(learner.step).lower(placed, both(frozen), spread).as_text()
             constraints = [line for line in text.splitlines() if 'sharding_constraint' in line]
             assert any('"data", "fsdp"' in line for line in constraints), constraints
-            after, ours = jax.jit(learner.step)(placed, frozen, spread)
+            after, ours = jax.jit(learner.step)(placed, both(frozen), spread)
         assert {k: float(v) for k, v in ours.items()} == pytest.approx(metrics, rel=1e-5), shape
         assert_close(value_of(after.opt_state), wanted, 1e-5)
         print(shape, groups, 'groups: agrees', flush=True)
     # The loop: four groups at once on four devices are four microbatches, two by two as well.
-    meta_learning.load_base = lambda name, dtype: base
+    meta_learning.load_base = lambda *_: base
     config.data.stages = [{**dict(config.data.stages[1]), 'steps': 3}]
     lines = []
     for shape, accumulate in (((2, 2, 1), 1), ((1, 2, 2), 2)):

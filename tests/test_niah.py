@@ -14,6 +14,7 @@ from d2l import chunking, haystacks, niah
 from hyperlora import data, hypernetwork
 from hyperlora.errors import UserError
 from hyperlora.meta_learning import make_optimizer
+from hyperlora.models.base import BaseModel
 from hyperlora.models.families import DecoderConfig, Rope
 from hyperlora.objectives import OBJECTIVES
 
@@ -35,7 +36,11 @@ STAGE = {
 
 def groups(*stages, seed=0, per_step=2):
     return niah.NeedleGroups(
-        CharTokenizer(), [{**STAGE, **stage} for stage in stages], seed, per_step
+        CharTokenizer(),
+        CharTokenizer(),
+        [{**STAGE, **stage} for stage in stages],
+        seed,
+        per_step,
     )
 
 
@@ -178,7 +183,7 @@ def test_documents_have_the_lengths_asked_for():
 def test_batches_stack_microbatches_and_groups():
     config = d2l_niah.get_config('tiny').data
     config.stages = [STAGE]
-    batches = data.build(config, CharTokenizer(), 0, groups=2, accumulate=2)
+    batches = data.build(config, tiny_base(), tiny_base(), 0, groups=2, accumulate=2)
     assert len(batches) == 3
     batch, source = batches[1], groups({}, per_step=4)
     assert batch['context']['tokens'].shape == (2, 2 * 11, 300)
@@ -331,7 +336,7 @@ def test_published_settings(variant, early_exit):
 
 def generated(config, base):
     """Shapes of parameters and LoRAs, without computing either."""
-    hyper = hypernetwork.build(config.hypernetwork, base)
+    hyper = hypernetwork.build(config.hypernetwork, BaseModel('', base, {}, None, ''))
 
     def run(key):
         # early_exit's features have one entry

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import grain
 from ml_collections import ConfigDict
 
 from hyperlora.errors import UserError
-from hyperlora.models.tokenizers import Tokenizer
+from hyperlora.models.base import BaseModel
 
 _BUILDERS = {
     'niah': 'd2l.niah:build',
@@ -16,11 +17,13 @@ _BUILDERS = {
 
 
 def build(
-    config: ConfigDict, tokenizer: Tokenizer, seed: int, groups: int, accumulate: int
+    config: ConfigDict, base: BaseModel, encoder: Any, seed: int, groups: int, accumulate: int
 ) -> grain.MapDataset:
     """The data set `config.name`; item i is the batch of step i.
 
     Args:
+      base: the model that answers queries.
+      encoder: what reads contexts; see `Hypernetwork`.
       groups: packed rows per microbatch, one per data shard of the mesh.
       accumulate: microbatches per step.
 
@@ -35,5 +38,5 @@ def build(
         raise UserError(f'unknown data {config.name!r}; known: {", ".join(_BUILDERS)}')
     module, function = _BUILDERS[config.name].split(':')
     return getattr(importlib.import_module(module), function)(
-        config, tokenizer, seed, groups, accumulate
+        config, base, encoder, seed, groups, accumulate
     )

@@ -54,17 +54,25 @@ def load_base(
       UserError: the name is unknown, its package is not installed, or the files are damaged or
         not those of a supported model.
     """
+    if (Path(name) / 'config.json').is_file():
+        tokenizer = Tokenizer.from_hf(name)
+    else:
+        tokenizer = Tokenizer.from_gguf(weights.read_gguf(_locate(name))[0])
+    config, params = load_decoder(name, dtype, mesh)
+    return BaseModel(name, config, params, tokenizer, weights.fingerprint(params))
+
+
+def load_decoder(
+    name: str, dtype: DTypeLike = jnp.float32, mesh: jax.sharding.Mesh | None = None
+) -> tuple[DecoderConfig, dict]:
+    """The config and parameters of a base model, which needs no tokenizer; see `load_base`."""
     dtype = jnp.dtype(dtype)
     if (Path(name) / 'config.json').is_file():
         config = families.from_hf(read_json(Path(name) / 'config.json'))
-        tokenizer = Tokenizer.from_hf(name)
-        params = weights.from_safetensors(name, config, dtype, shardings(config, mesh))
-    else:
-        fields, tensors = weights.read_gguf(_locate(name))
-        tokenizer = Tokenizer.from_gguf(fields)
-        config = weights.gguf_config(fields, tensors)
-        params = weights.from_gguf(fields, tensors, config, dtype, shardings(config, mesh))
-    return BaseModel(name, config, params, tokenizer, weights.fingerprint(params))
+        return config, weights.from_safetensors(name, config, dtype, shardings(config, mesh))
+    fields, tensors = weights.read_gguf(_locate(name))
+    config = weights.gguf_config(fields, tensors)
+    return config, weights.from_gguf(fields, tensors, config, dtype, shardings(config, mesh))
 
 
 def shardings(config: DecoderConfig, mesh: jax.sharding.Mesh | None) -> Any:
