@@ -7,7 +7,7 @@ unsaid.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,6 +161,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         'vocab_size': 262208,
     },
 }
+FAMILIES = tuple(_DEFAULTS)
 
 # Keys of a config.json that say nothing about the function computed, or nothing any more once
 # those above are known.
@@ -193,6 +194,53 @@ _UNSUPPORTED = (
 _ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
 
 
+def complete(
+    config: Mapping[str, Any],
+    defaults: Mapping[str, Mapping[str, Any]],
+    unsupported: Collection[str],
+    irrelevant: Collection[str] = (),
+) -> dict[str, Any]:
+    """The contents of a config.json and what its family assumes where it says nothing.
+
+    Args:
+      defaults: by family, the settings that are understood and their defaults.
+      unsupported: settings that must be false or absent, unless the family understands them.
+      irrelevant: settings that say nothing about the function computed, besides the usual ones.
+
+    Raises:
+      UserError: the family or a key is not known, one is missing or not supported.
+    """
+    family = config.get('model_type')
+    if family not in defaults:
+        raise UserError(f'model_type {family!r} is not supported (only {", ".join(defaults)})')
+    own = defaults[family]
+    known = {*_IRRELEVANT, *irrelevant, *unsupported, *_REQUIRED, *own}
+    unknown = sorted(config.keys() - known)
+    if unknown:
+        raise UserError(f'{family}: unknown settings in config.json: {", ".join(unknown)}')
+    missing = [key for key in _REQUIRED if key not in {**own, **config}]
+    if missing:
+        raise UserError(f"{family}: the model's config.json lacks {', '.join(missing)}")
+    for key in unsupported:
+        if key not in own and config.get(key):
+            raise UserError(f'{family}: {key} = {config[key]!r} is not supported')
+    return {**own, **config}
+
+
+def activation(c: Mapping[str, Any], key: str) -> str:
+    """A key of `decoder.ACTIVATIONS`: what the setting `key` says.
+
+    Raises:
+      UserError: another activation.
+    """
+    if c[key] not in _ACTIVATIONS:
+        raise UserError(
+            f'{c["model_type"]}: activation {c[key]!r} is not supported (only '
+            f'{", ".join(_ACTIVATIONS)})'
+        )
+    return _ACTIVATIONS[c[key]]
+
+
 def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """Reads the contents of a Hugging Face config.json, in the old or the new layout.
 
@@ -200,27 +248,9 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
       UserError: a key is missing or not known, or the model needs something that is not
         supported: another family, kind of rope, activation or kind of attention.
     """
-    family = config.get('model_type')
-    if family not in _DEFAULTS:
-        raise UserError(f'model_type {family!r} is not supported (only {", ".join(_DEFAULTS)})')
-    defaults = _DEFAULTS[family]
-    c = {**defaults, **config}
-    known = _IRRELEVANT | defaults.keys() | {*_UNSUPPORTED, *_REQUIRED}
-    unknown = sorted(config.keys() - known)
-    if unknown:
-        raise UserError(f'{family}: unknown settings in config.json: {", ".join(unknown)}')
-    missing = [key for key in _REQUIRED if key not in c]
-    if missing:
-        raise UserError(f"{family}: the model's config.json lacks {', '.join(missing)}")
-    for key in _UNSUPPORTED:
-        if key not in defaults and config.get(key):
-            raise UserError(f'{family}: {key} = {config[key]!r} is not supported')
+    c = complete(config, _DEFAULTS, _UNSUPPORTED)
+    family = c['model_type']
     gemma = family.startswith('gemma')
-    activation = c['hidden_activation' if gemma else 'hidden_act']
-    if activation not in _ACTIVATIONS:
-        raise UserError(
-            f'{family}: activation {activation!r} is not supported (only {", ".join(_ACTIVATIONS)})'
-        )
     heads, width = c['num_attention_heads'], c['hidden_size']
     head_dim = c['head_dim'] or width // heads
     local = _local_layers(family, c)
@@ -240,7 +270,7 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         local_rope=local_rope if any(local) else None,
         attention_window=c['sliding_window'] if any(local) else None,
         local_layers=local,
-        activation=_ACTIVATIONS[activation],
+        activation=activation(c, 'hidden_activation' if gemma else 'hidden_act'),
         qkv_bias=family == 'qwen2' or c.get('attention_bias', False),
         output_bias=c.get('attention_bias', False),
         mlp_bias=c.get('mlp_bias', False),
@@ -293,15 +323,20 @@ def _ropes(family: str, c: Mapping[str, Any], head_dim: int) -> tuple[Rope, Rope
     if 'full_attention' in settings:  # one rope for each kind of layer
         local = settings.get('sliding_attention')
         return (
-            _rope(family, settings['full_attention'], c, head_dim),
-            local and _rope(family, local, c, head_dim),
+            read_rope(family, settings['full_attention'], head_dim),
+            local and read_rope(family, local, head_dim),
         )
     old = settings or c.get('rope_scaling') or {}
-    rope = _rope(family, {'rope_theta': c['rope_theta'], **old}, c, head_dim)
+    rope = read_rope(family, {'rope_theta': c['rope_theta'], **old}, head_dim)
     return rope, Rope(c['rope_local_base_freq']) if 'rope_local_base_freq' in c else None
 
 
-def _rope(family: str, settings: Mapping[str, Any], c: Mapping[str, Any], head_dim: int) -> Rope:
+def read_rope(family: str, settings: Mapping[str, Any], head_dim: int) -> Rope:
+    """Reads the settings of one kind of rope: `rope_theta`, `rope_type` and what that needs.
+
+    Raises:
+      UserError: the type or a setting is not supported, or one is missing.
+    """
     settings = dict(settings)
     kind = settings.pop('rope_type', None) or settings.pop('type', None) or 'default'
     settings.pop('type', None)

@@ -140,12 +140,14 @@ class Tokenizer:
         text = json.dumps(settings, indent=2, ensure_ascii=False) + '\n'
         (Path(directory) / 'tokenizer_config.json').write_text(text, encoding='utf-8')
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """The tokens of `text`, [s]: no control tokens, not even where it spells one out.
 
         Characters whose bytes are not in the vocabulary (a few ASCII control codes) are dropped.
+        With `add_special_tokens` come those that tokenizer.json puts around a text, such as a
+        first one.
         """
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of tokens [s], without the control tokens unless `skip_special` is false."""

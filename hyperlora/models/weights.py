@@ -382,7 +382,7 @@ def _assemble(
         expected |= dict.fromkeys(
             row.names(source, config), shape[::-1] if row.transposed else shape
         )
-    _compare(
+    compare(
         expected,
         {
             name: shape
@@ -396,7 +396,7 @@ def _assemble(
 
     def part(row: Row, name: str, at: Index) -> np.ndarray:
         weight = read(name, at[::-1] if row.transposed else at)
-        if not _finite(weight):
+        if not finite(weight):
             raise UserError(f'tensor {name} holds values that are not finite')
         return weight.T if row.transposed else weight
 
@@ -421,13 +421,19 @@ def _assemble(
     return unflatten_dict(params, sep='/')
 
 
-def _finite(array: np.ndarray) -> bool:
+def finite(array: np.ndarray) -> bool:
+    """Whether an array holds neither NaN nor infinities."""
     if array.dtype == ml_dtypes.bfloat16:  # its own isfinite is slow
         return not np.any((array.view(np.uint16) & 0x7F80) == 0x7F80)
     return bool(np.isfinite(array).all()) if array.dtype.kind == 'f' else True
 
 
-def _compare(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> None:
+def compare(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> None:
+    """Checks the shapes of tensors by name.
+
+    Raises:
+      UserError: tensors are missing, extra or misshapen; all are named.
+    """
     problems = {
         'missing': [name for name in expected if name not in found],
         'extra': [name for name in found if name not in expected],
