@@ -12,28 +12,64 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hyperlora.models.decoder import first_layers
+from hyperlora.errors import UserError
+from hyperlora.models import decoder
 from hyperlora.models.families import DecoderConfig
+from hyperlora.models.vision import MultimodalConfig, soft_tokens
+
+Config = DecoderConfig | MultimodalConfig
 
 
 def early_exit(
-    config: DecoderConfig, params: Any, tokens: jax.Array, *, num_layers: int
+    config: Config,
+    params: Any,
+    tokens: jax.Array,
+    pixels: jax.Array | None = None,
+    *,
+    num_layers: int,
 ) -> jax.Array:
     """Final norm of the hidden states after the first `num_layers` layers, `[n, 1, s, f]`.
 
     Args:
       tokens: `[n, s]` int32, padded to the right.
+      pixels: the images of a model that reads some, `[n, i, h, w, 3]`, see `vision.soft_tokens`.
     """
-    return first_layers(config, params, tokens, num_layers)[0][:, None]
+    return _first_layers(config, params, tokens, pixels, num_layers)[0][:, None]
 
 
-def per_layer_activations(config: DecoderConfig, params: Any, tokens: jax.Array) -> jax.Array:
+def per_layer_activations(
+    config: Config,
+    params: Any,
+    tokens: jax.Array,
+    pixels: jax.Array | None = None,
+    *,
+    num_layers: int | None = None,
+) -> jax.Array:
     """The input of every block, embeddings first, `[n, l, s, f]`; the last after the final norm.
 
     The last block is never run.
+
+    Args:
+      tokens, pixels: as for `early_exit`.
+      num_layers: l, of the first blocks; None for all blocks.
     """
-    hidden, inputs = first_layers(config, params, tokens, config.num_layers - 1)
+    if num_layers is None:
+        num_layers = _decoder(config).num_layers
+    hidden, inputs = _first_layers(config, params, tokens, pixels, num_layers - 1)
     return jnp.concatenate([inputs, hidden[None]]).swapaxes(0, 1)
+
+
+def _decoder(config: Config) -> DecoderConfig:
+    return config.text if isinstance(config, MultimodalConfig) else config
+
+
+def _first_layers(config, params, tokens, pixels, count):
+    soft = None
+    if pixels is not None:
+        if not isinstance(config, MultimodalConfig):
+            raise UserError('the context encoder reads no images; give a Gemma 3 that does')
+        soft = soft_tokens(config, params, tokens, pixels)
+    return decoder.first_layers(_decoder(config), params, tokens, count, soft=soft)
 
 
 CONTEXT_ENCODERS = {'early_exit': early_exit, 'per_layer_activations': per_layer_activations}

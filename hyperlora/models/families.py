@@ -7,7 +7,7 @@ unsaid.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,6 +161,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         'vocab_size': 262208,
     },
 }
+_MULTIMODAL = {
+    'boi_token_index': 255999,
+    'eoi_token_index': 256000,
+    'image_token_index': 262144,
+    'mm_tokens_per_image': 256,
+    'tie_word_embeddings': True,
+}
 
 # Keys of a config.json that say nothing about the function computed, or nothing any more once
 # those above are known.
@@ -193,34 +200,82 @@ _UNSUPPORTED = (
 _ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
 
 
-def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the contents of a Hugging Face config.json, in the old or the new layout.
+def settings(
+    family: str,
+    config: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    required: Collection[str] = (),
+) -> dict[str, Any]:
+    """What a config.json or a part of it says, completed by defaults.
 
     Raises:
-      UserError: a key is missing or not known, or the model needs something that is not
-        supported: another family, kind of rope, activation or kind of attention.
+      UserError: a required key is missing, one is not known, or one that must be false is not.
     """
-    family = config.get('model_type')
-    if family not in _DEFAULTS:
-        raise UserError(f'model_type {family!r} is not supported (only {", ".join(_DEFAULTS)})')
-    defaults = _DEFAULTS[family]
     c = {**defaults, **config}
-    known = _IRRELEVANT | defaults.keys() | {*_UNSUPPORTED, *_REQUIRED}
+    known = _IRRELEVANT | defaults.keys() | {*_UNSUPPORTED, *required}
     unknown = sorted(config.keys() - known)
     if unknown:
         raise UserError(f'{family}: unknown settings in config.json: {", ".join(unknown)}')
-    missing = [key for key in _REQUIRED if key not in c]
+    missing = [key for key in required if key not in c]
     if missing:
         raise UserError(f"{family}: the model's config.json lacks {', '.join(missing)}")
     for key in _UNSUPPORTED:
         if key not in defaults and config.get(key):
             raise UserError(f'{family}: {key} = {config[key]!r} is not supported')
-    gemma = family.startswith('gemma')
-    activation = c['hidden_activation' if gemma else 'hidden_act']
-    if activation not in _ACTIVATIONS:
+    return c
+
+
+def activation(family: str, name: str) -> str:
+    """The key of `decoder.ACTIVATIONS` for a name of transformers.
+
+    Raises:
+      UserError: not supported.
+    """
+    if name not in _ACTIVATIONS:
         raise UserError(
-            f'{family}: activation {activation!r} is not supported (only {", ".join(_ACTIVATIONS)})'
+            f'{family}: activation {name!r} is not supported (only {", ".join(_ACTIVATIONS)})'
         )
+    return _ACTIVATIONS[name]
+
+
+def multimodal_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The outermost settings of a Gemma 3 that reads images; errors are those of `settings`."""
+    return settings('gemma3', config, _MULTIMODAL, ('text_config', 'vision_config'))
+
+
+def decoder_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of a model's decoder: its own, or of one that reads images too, a part.
+
+    Raises:
+      UserError: a key is missing or not known.
+    """
+    if config.get('model_type') != 'gemma3':
+        return config
+    whole = multimodal_settings(config)
+    return {
+        'tie_word_embeddings': whole['tie_word_embeddings'],
+        **whole['text_config'],
+        'model_type': 'gemma3_text',
+        'architectures': [_ARCHITECTURES['gemma3_text']],
+    }
+
+
+def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
+    """Reads the contents of a Hugging Face config.json, in the old or the new layout.
+
+    Of a model that reads images too, the decoder is described.
+
+    Raises:
+      UserError: a key is missing or not known, or the model needs something that is not
+        supported: another family, kind of rope, activation or kind of attention.
+    """
+    config = decoder_part(config)
+    family = config.get('model_type')
+    if family not in _DEFAULTS:
+        known = ', '.join([*_DEFAULTS, 'gemma3'])
+        raise UserError(f'model_type {family!r} is not supported (only {known})')
+    c = settings(family, config, _DEFAULTS[family], _REQUIRED)
+    gemma = family.startswith('gemma')
     heads, width = c['num_attention_heads'], c['hidden_size']
     head_dim = c['head_dim'] or width // heads
     local = _local_layers(family, c)
@@ -240,7 +295,7 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         local_rope=local_rope if any(local) else None,
         attention_window=c['sliding_window'] if any(local) else None,
         local_layers=local,
-        activation=_ACTIVATIONS[activation],
+        activation=activation(family, c['hidden_activation' if gemma else 'hidden_act']),
         qkv_bias=family == 'qwen2' or c.get('attention_bias', False),
         output_bias=c.get('attention_bias', False),
         mlp_bias=c.get('mlp_bias', False),
