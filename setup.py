@@ -36,6 +36,7 @@ setuptools.setup(
         'numpy',
         'optax',
         'orbax-checkpoint',
+        'pillow',
         'safetensors',
         'tensorboardX',
         'tensorflow-datasets',

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from d2l.context_encoders import CONTEXT_ENCODERS
+from d2l.context_encoders import CONTEXT_ENCODERS, Config, text_config
 from d2l.hypernetwork import DocToLora, DocToLoraConfig
 from hyperlora import lora
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
-from hyperlora.models.base import BaseModel, load_base
+from hyperlora.models.base import BaseModel, load_encoder
 from hyperlora.models.families import DecoderConfig
 
 
-def make_module(config: ConfigDict, base: DecoderConfig, encoder: DecoderConfig) -> DocToLora:
+def make_module(config: ConfigDict, base: DecoderConfig, encoder: Config) -> DocToLora:
     """The hypernetwork for a base model, which reads activations of an encoder.
 
     Raises:
@@ -28,7 +28,7 @@ def make_module(config: ConfigDict, base: DecoderConfig, encoder: DecoderConfig)
             num_layers=base.num_layers,
             dims=lora.module_dims(base, config.modules),
             layer_to_layer=config.encoder.name == 'per_layer_activations',
-            feature_width=encoder.width,
+            feature_width=text_config(encoder).width,
             **config.shape,
         )
     )
@@ -36,6 +36,8 @@ def make_module(config: ConfigDict, base: DecoderConfig, encoder: DecoderConfig)
 
 def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -> Hypernetwork:
     """Builds the hypernetwork; `config.encoder.model` reads the documents, or the base itself.
+
+    Contexts are `tokens [n, s]`, `mask [n, s]` and, if the encoder reads images, `pixels`.
 
     Raises:
       UserError: unknown context encoder, or one with too few layers; unknown target module.
@@ -45,18 +47,18 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
         raise UserError(f'unknown context encoder {name!r}; known: {", ".join(CONTEXT_ENCODERS)}')
     encoder = base
     if config.encoder.model:
-        encoder = load_base(config.encoder.model, jnp.dtype(config.encoder.dtype), mesh)
+        encoder = load_encoder(config.encoder.model, jnp.dtype(config.encoder.dtype), mesh)
     module = make_module(config, base.config, encoder.config)
     count = base.config.num_layers if module.config.layer_to_layer else config.encoder.num_layers
-    if count > encoder.config.num_layers:
+    depth = text_config(encoder.config).num_layers
+    if count > depth:
         raise UserError(
-            f'the context encoder {encoder.name} has {encoder.config.num_layers} layers; '
-            f'{name} needs {count}'
+            f'the context encoder {encoder.name} has {depth} layers; {name} needs {count}'
         )
     features = functools.partial(CONTEXT_ENCODERS[name], encoder.config, num_layers=count)
 
     def encode(params, context):
-        return features(params, context['tokens']), context['mask']
+        return features(params, context['tokens'], context.get('pixels')), context['mask']
 
     example = {'tokens': jnp.zeros((1, 8), jnp.int32), 'mask': jnp.ones((1, 8), bool)}
     return Hypernetwork(module, encoder, encode, example)

@@ -12,38 +12,71 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hyperlora.models.decoder import embed, first_layers
+from hyperlora.errors import UserError
+from hyperlora.models import decoder
 from hyperlora.models.families import DecoderConfig
+from hyperlora.models.vision import MultimodalConfig, soft_tokens
+
+Config = DecoderConfig | MultimodalConfig
+
+
+def text_config(config: Config) -> DecoderConfig:
+    """The decoder of a model that may read images."""
+    return config.text if isinstance(config, MultimodalConfig) else config
 
 
 def early_exit(
-    config: DecoderConfig, params: Any, tokens: jax.Array, *, num_layers: int
+    config: Config,
+    params: Any,
+    tokens: jax.Array,
+    pixels: jax.Array | None = None,
+    *,
+    num_layers: int,
 ) -> jax.Array:
     """Final norm of the hidden states after the first `num_layers` layers, `[n, 1, s, f]`.
 
     Args:
       tokens: `[n, s]` int32, padded to the right.
+      pixels: the images of a model that reads some, `[n, i, h, w, 3]`, see `vision.soft_tokens`.
     """
-    return first_layers(config, params, tokens, num_layers)[0][:, None]
+    return _first_layers(config, params, tokens, pixels, num_layers)[0][:, None]
 
 
 def embed_only(
-    config: DecoderConfig, params: Any, tokens: jax.Array, *, num_layers: int = 0
+    config: Config,
+    params: Any,
+    tokens: jax.Array,
+    pixels: jax.Array | None = None,
+    *,
+    num_layers: int = 0,
 ) -> jax.Array:
-    """Token embeddings, `[n, 1, s, f]`; `num_layers` plays no part."""
-    table = jax.lax.stop_gradient(params['embedder']['embedding'])
-    return embed(config, table, tokens)[:, None]
+    """What the first block reads, `[n, 1, s, f]`; `num_layers` plays no part."""
+    return _first_layers(config, params, tokens, pixels, 1)[1].swapaxes(0, 1)
 
 
 def per_layer_activations(
-    config: DecoderConfig, params: Any, tokens: jax.Array, *, num_layers: int
+    config: Config,
+    params: Any,
+    tokens: jax.Array,
+    pixels: jax.Array | None = None,
+    *,
+    num_layers: int,
 ) -> jax.Array:
     """The input of each of the first `num_layers` blocks, embeddings first, `[n, e, s, f]`.
 
     The last is taken after the final norm; the last block is never run.
     """
-    hidden, inputs = first_layers(config, params, tokens, num_layers - 1)
+    hidden, inputs = _first_layers(config, params, tokens, pixels, num_layers - 1)
     return jnp.concatenate([inputs, hidden[None]]).swapaxes(0, 1)
+
+
+def _first_layers(config, params, tokens, pixels, count):
+    soft = None
+    if pixels is not None:
+        if not isinstance(config, MultimodalConfig):
+            raise UserError('the context encoder reads no images; give a Gemma 3 that does')
+        soft = soft_tokens(config, params, tokens, pixels)
+    return decoder.first_layers(text_config(config), params, tokens, count, soft=soft)
 
 
 CONTEXT_ENCODERS = {

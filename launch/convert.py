@@ -57,11 +57,12 @@ def doc_to_lora(checkpoint: dict, state: StateDict, base, encoder: str, dtype: s
     from ml_collections import ConfigDict
 
     from d2l import build, upstream
-    from hyperlora.models.base import load_decoder
+    from d2l.context_encoders import text_config
+    from hyperlora.models.base import load_params
     from hyperlora.models.weights import fingerprint
 
-    reader, params = load_decoder(encoder) if encoder else (None, None)
-    config = upstream.config_from_upstream(checkpoint, base, reader)
+    reader, params = load_params(encoder, images=True) if encoder else (None, None)
+    config = upstream.config_from_upstream(checkpoint, base, reader and text_config(reader))
     config['hypernetwork']['encoder'] |= {'model': encoder, 'dtype': dtype}
     module = build.make_module(ConfigDict(config['hypernetwork']), base, reader or base)
     entries = base.num_layers if module.config.layer_to_layer else 1
@@ -130,7 +131,7 @@ def convert(
 
     from hyperlora import torch_files
     from hyperlora.errors import UserError
-    from hyperlora.models.base import load_decoder
+    from hyperlora.models.base import load_params
     from hyperlora.models.weights import fingerprint
     from hyperlora.trained import differences
 
@@ -139,7 +140,7 @@ def convert(
         names = ('pytorch_model.bin', 'hypermod.pt')
         path = next((path / name for name in names if (path / name).is_file()), path)
     loaded = torch_files.load(path)
-    base_config, params = load_decoder(base)
+    base_config, params = load_params(base)
     base_fingerprint = fingerprint(params)
     try:
         state = StateDict({k: v for k, v in loaded.items() if hasattr(v, 'shape')})

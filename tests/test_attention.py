@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hyperlora.models.attention import attention, causal_attention
+from hyperlora.models import attention as attention_lib
+from hyperlora.models.attention import attention, causal_attention, full_attention
 
 RNG = np.random.default_rng(0)
 Q, K, V = (
@@ -61,6 +62,31 @@ def test_a_causal_token_sees_no_later_one_and_no_other_segment():
     alone = causal_attention(Q[:, 3:], k[:, 3:], v[:, 3:])
     np.testing.assert_allclose(packed[:, 3:], alone, atol=1e-6)
     assert np.abs(packed[:, 3:] - y[:, 3:]).max() > 0.1
+
+
+@pytest.mark.parametrize('block', [256, 4])
+def test_a_group_sees_itself_in_both_directions(monkeypatch, block):
+    """A window of local layers hides what is too far back even in the same group."""
+    monkeypatch.setattr(attention_lib, '_QUERY_BLOCK', block)
+    q = RNG.normal(size=(2, 9, 6, 8)).astype(np.float32)
+    groups = np.array([[0, 1, 1, 1, 1, 1, 1, 0, 0], [2, 2, 0, 1, 1, 0, 3, 3, 3]])
+    segments = np.array([[0] * 9, [0] * 5 + [1] * 4])
+    back = np.arange(9)[:, None] - np.arange(9)
+    together = (groups[:, :, None] == groups[:, None]) & (groups[:, :, None] != 0)
+    one_segment = segments[:, :, None] == segments[:, None]
+    causal = causal_attention(q, K, V)
+    for local in (False, True):
+        visible = ((back >= 0) | together) & ((back < 3) | (not local))
+        y = causal_attention(q, K, V, None, groups, 3, local)
+        np.testing.assert_allclose(y, attention(q, K, V, visible), atol=1e-6)
+        packed = causal_attention(q, K, V, segments, groups, 3, local, softcap=1.5)
+        wanted = attention(q, K, V, visible & one_segment, softcap=1.5)
+        np.testing.assert_allclose(packed, wanted, atol=1e-6)
+        # The first token of a group differs from that of a causal row, the text before does not.
+        assert np.abs(y - causal)[0, 1].max() > 0.01
+        np.testing.assert_allclose(y[0, 0], causal[0, 0], atol=1e-6)
+    np.testing.assert_array_equal(causal_attention(q, K, V, None, 0 * groups), causal)
+    np.testing.assert_allclose(full_attention(q, K, V), attention(q, K, V), atol=1e-6)
 
 
 def test_low_precision_stays_low():

