@@ -306,8 +306,14 @@ def test_modernbert_settings_that_are_not_supported_are_named():
             encoders.from_hf(changed)
 
 
-def test_published_gte():
-    """Alibaba-NLP/gte-large-en-v1.5."""
+def test_settings_that_published_modernbert_configs_hold_in_vain():
+    config = config_json('modernbert')
+    vain = {'layer_norm_eps': 7.0, 'position_embedding_type': 'absolute'}
+    assert encoders.from_hf(config | vain) == encoders.from_hf(config)
+
+
+def test_config_of_a_large_gte():
+    """Every setting of the original code, in the size of gte-large-en-v1.5."""
     config = encoders.from_hf(
         {
             'architectures': ['NewModel'],
