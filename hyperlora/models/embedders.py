@@ -101,7 +101,12 @@ class Embedder:
 
         Texts of similar length share a batch. A batch holds one row or as many as make up a fixed
         number of tokens, so few shapes are compiled: two for each doubling of the length.
+
+        Raises:
+          ValueError: a text has no token or more than `max_length`.
         """
+        if any(not 0 < len(row) <= self.max_length for row in rows):
+            raise ValueError(f'texts have 1 to {self.max_length} tokens')
         out = np.empty((len(rows), self.width), np.float32)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         while order:
@@ -135,10 +140,11 @@ def _embed(
 ) -> jax.Array:
     """`[b, s]` tokens, padded to the right, and `[b]` lengths -> `[b, d]` f32."""
     variables = {'params': params}
-    if isinstance(config, DecoderConfig):
-        hidden = Decoder(config).apply(variables, tokens).hidden
-    else:
-        hidden = Encoder(config).apply(variables, tokens, lengths)
+    with jax.default_matmul_precision('highest'):  # the same on every kind of device
+        if isinstance(config, DecoderConfig):
+            hidden = Decoder(config).apply(variables, tokens).hidden
+        else:
+            hidden = Encoder(config).apply(variables, tokens, lengths)
     hidden = hidden.astype(jnp.float32)
     if pooling == 'mean':
         real = jnp.arange(tokens.shape[1]) < lengths[:, None]

@@ -194,6 +194,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         'global_attn_every_n_layers': 3,
         'global_rope_theta': 160000.0,
         'hidden_activation': 'gelu',
+        'layer_norm_eps': None,  # not read by the original code, though in published files,
         'layer_types': None,
         'local_attention': 128,
         'local_rope_theta': 10000.0,
@@ -201,6 +202,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         'mlp_bias': False,
         'norm_bias': False,
         'norm_eps': 1e-5,
+        'position_embedding_type': None,  # and likewise
         'rope_parameters': None,
     },
     'new': {
