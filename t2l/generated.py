@@ -528,6 +528,7 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'weekday_in_german': _weekday(language='de'),
             'is_weekend': lambda text: 'yes' if text.startswith('S') else 'no',
             'next_month': _month(1),
+            'previous_month': _month(-1),
         },
         'clock': {
             'twelve_hour_clock': _clock('{twelve}:{minute:02} {half}'),
