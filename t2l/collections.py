@@ -1,0 +1,114 @@
+"""A collection of tasks, put together from a config; some tasks as a whole are held out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from hyperlora.errors import UserError
+from t2l import tasks
+from t2l.tasks import Task
+
+# Sets of tasks that are one and the same, or of which one teaches another: whoever holds one out
+# holds out all.
+SAME_TASK: tuple[frozenset[str], ...] = tuple(
+    frozenset(names.split())
+    for names in (
+        'fv_antonym ii_antonyms',
+        'fv_synonym ii_synonyms',
+        'fv_sentiment ii_sentiment',
+        'fv_english_french ii_translation_en_fr',
+        'fv_english_german ii_translation_en_de',
+        'fv_singular_plural ii_singular_to_plural plural',
+        'fv_present_past past_tense',
+        'fv_capitalize capitalize_word',
+        'fv_word_length count_letters',
+        'ii_first_word_letter first_letter',
+        'ii_sum sum_of_pair',
+        'ii_num_to_verbal number_in_english',
+        'fv_adjective_v_verb_3 fv_adjective_v_verb_5',
+        'fv_alphabetically_first_3 fv_alphabetically_first_5',
+        'fv_choose_first_of_3 fv_choose_first_of_5 first_word first_number',
+        'fv_choose_last_of_3 last_word',
+        'fv_choose_middle_of_3 fv_choose_middle_of_5',
+        'fv_color_v_animal_3 fv_color_v_animal_5',
+        'fv_concept_v_object_3 fv_concept_v_object_5',
+        'fv_fruit_v_animal_3 fv_fruit_v_animal_5 pick_fruit',
+        'fv_animal_v_object_3 ii_taxonomy_animal pick_animal',
+        'fv_object_v_concept_3 fv_object_v_concept_5',
+        'largest_number larger_of_pair',
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """Tasks to train on, and tasks of which nothing is seen in training."""
+
+    train: tuple[Task, ...]
+    held_out: tuple[Task, ...]
+
+
+def _read_generated(
+    seed: int = 0, train: int = 500, test: int = 100, names: tuple[str, ...] = ()
+) -> list[Task]:
+    """The generated tasks of these names, or all."""
+    from t2l import generated  # its libraries are an extra
+
+    return [generated.generate(name, seed, train, test) for name in names or generated.RECIPES]
+
+
+READERS: dict[str, Callable[..., list[Task]]] = {**tasks.READERS, 'generated': _read_generated}
+
+
+def collect(config: ConfigDict) -> Collection:
+    """Reads the tasks of a config {sources: [{reader, held_out, ...}]}.
+
+    A source names its reader and the tasks to hold out; what else it says are arguments of the
+    reader.
+
+    Raises:
+      UserError: unknown reader or argument, a held-out task that is not there, two tasks of one
+        name, a task without a description, or a held-out task that is trained on under another
+        name.
+    """
+    train: dict[str, Task] = {}
+    held_out: dict[str, Task] = {}
+    for source in config.sources:
+        arguments = dict(source)
+        reader = arguments.pop('reader', None)
+        names = set(arguments.pop('held_out', ()))
+        if reader not in READERS:
+            raise UserError(f'unknown reader of tasks {reader!r}; known: {", ".join(READERS)}')
+        try:
+            found = READERS[reader](**arguments)
+        except ImportError as error:
+            raise UserError(
+                f'{reader} tasks need {error.name}: pip install "hyperlora[tasks]"'
+            ) from error
+        except TypeError as error:
+            raise UserError(f'source of tasks {dict(source)}: {error}') from error
+        if missing := names - {task.name for task in found}:
+            raise UserError(
+                f'held-out tasks that the reader {reader!r} did not find: '
+                f'{", ".join(sorted(missing))}'
+            )
+        for task in found:
+            if task.name in train or task.name in held_out:
+                raise UserError(f'two tasks are named {task.name!r}')
+            if not task.descriptions:
+                raise UserError(
+                    f'task {task.name!r} of {task.source} has no description: add some to '
+                    "'descriptions' in its file"
+                )
+            (held_out if task.name in names else train)[task.name] = task
+    for same in SAME_TASK:
+        if same & train.keys() and same & held_out.keys():
+            raise UserError(
+                f'{", ".join(sorted(same & held_out.keys()))} held out, but '
+                f'{", ".join(sorted(same & train.keys()))} trained on: that is the same task; '
+                'hold out both or neither'
+            )
+    return Collection(tuple(train.values()), tuple(held_out.values()))

@@ -1,0 +1,629 @@
+"""Text tasks made by code: families of tasks that share their inputs and differ in what is done.
+
+Tasks of one domain get exactly the same inputs, split in the same way, so that nothing but the
+description tells them apart. Facts come from babel (names in languages), pycountry (codes),
+inflect (English) and num2words (numbers in words).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import babel
+import babel.dates
+import babel.numbers
+import inflect
+import numpy as np
+import pycountry
+from num2words import num2words
+
+from hyperlora.errors import UserError
+from t2l.tasks import Example, Task, own_descriptions, parse
+
+_ENGLISH = inflect.engine()
+_WORDS: dict[str, list[str]] = {
+    kind: text.split()
+    for kind, text in parse(pathlib.Path(__file__).with_name('words.yaml')).items()
+}
+_PAST = dict(entry.split(':') for entry in _WORDS['verb'] if ':' in entry)
+_WORDS['verb'] = [entry.split(':')[0] for entry in _WORDS['verb']]
+_KIND = {word: kind for kind, words in _WORDS.items() for word in words}
+_NOUNS = ('animal', 'fruit', 'vehicle', 'garment', 'job', 'object')
+_VOWELS = 'aeiou'
+
+# Transitive verbs of sentences: third person -> (base, past, participle, -ing).
+_ACTIONS = {
+    third: (base, past, participle, ing)
+    for base, third, past, participle, ing in (
+        line.split()
+        for line in """
+        blame blames blamed blamed blaming
+        call calls called called calling
+        catch catches caught caught catching
+        chase chases chased chased chasing
+        draw draws drew drawn drawing
+        feed feeds fed fed feeding
+        find finds found found finding
+        follow follows followed followed following
+        forget forgets forgot forgotten forgetting
+        greet greets greeted greeted greeting
+        hear hears heard heard hearing
+        help helps helped helped helping
+        hug hugs hugged hugged hugging
+        lead leads led led leading
+        like likes liked liked liking
+        miss misses missed missed missing
+        paint paints painted painted painting
+        pull pulls pulled pulled pulling
+        push pushes pushed pushed pushing
+        save saves saved saved saving
+        see sees saw seen seeing
+        stop stops stopped stopped stopping
+        teach teaches taught taught teaching
+        touch touches touched touched touching
+        trust trusts trusted trusted trusting
+        visit visits visited visited visiting
+        wake wakes woke woken waking
+        warn warns warned warned warning
+        watch watches watched watched watching
+        """.strip().splitlines()
+    )
+}
+
+# ---------------------------------------------------------------------------------- inputs
+
+
+def _pick(rng: np.random.Generator, options: Sequence[str], count: int) -> list[str]:
+    return [options[i] for i in rng.choice(len(options), count, replace=False)]
+
+
+def _words(*kinds: str) -> list[str]:
+    return [word for kind in kinds for word in _WORDS[kind]]
+
+
+def _phrase(rng: np.random.Generator) -> str:
+    """Three to five words; one is the longest, one the shortest."""
+    while True:
+        words = _pick(rng, _words(*_NOUNS, 'adjective'), int(rng.integers(3, 6)))
+        lengths = [len(word) for word in words]
+        if lengths.count(max(lengths)) == lengths.count(min(lengths)) == 1:
+            return ' '.join(words)
+
+
+def _repetition(rng: np.random.Generator) -> str:
+    """Four words of which one stands twice."""
+    words = _pick(rng, _words('animal', 'fruit', 'object'), 3)
+    return ', '.join(rng.permutation([*words, words[0]]))
+
+
+def _mixture(rng: np.random.Generator) -> str:
+    """One animal, fruit, vehicle, garment and job, in random order."""
+    kinds = ('animal', 'fruit', 'vehicle', 'garment', 'job')
+    return ', '.join(rng.permutation([_pick(rng, _WORDS[kind], 1)[0] for kind in kinds]))
+
+
+def _sentence(rng: np.random.Generator) -> str:
+    subject, other = _pick(rng, _words('animal', 'job'), 2)
+    return f'The {subject} {_pick(rng, list(_ACTIONS), 1)[0]} the {other}.'
+
+
+def _full_name(rng: np.random.Generator) -> str:
+    return f'{_pick(rng, _WORDS["given_name"], 1)[0]} {_pick(rng, _WORDS["surname"], 1)[0]}'
+
+
+def _path(rng: np.random.Generator) -> str:
+    top = _pick(rng, ('home', 'data', 'shared', 'srv', 'media', 'work'), 1)[0]
+    folder = _pick(rng, [name.lower() for name in _WORDS['given_name']], 1)[0]
+    stem = _pick(rng, _words('fruit', 'object', 'vehicle'), 1)[0]
+    ending = _pick(rng, ('txt', 'pdf', 'png', 'csv', 'zip', 'mp3', 'doc', 'html'), 1)[0]
+    return f'/{top}/{folder}/{stem}.{ending}'
+
+
+def _number_list(rng: np.random.Generator) -> str:
+    """Three to five distinct numbers below 100, both even and odd ones among them."""
+    while True:
+        numbers = rng.choice(100, int(rng.integers(3, 6)), replace=False)
+        if len(set(numbers % 2)) == 2:
+            return ', '.join(map(str, numbers))
+
+
+def _iso_date(rng: np.random.Generator) -> str:
+    year, month, day = rng.integers((1950, 1, 1), (2050, 13, 29))
+    return f'{year}-{month:02}-{day:02}'
+
+
+_DAYS = babel.dates.get_day_names(locale='en')
+_MONTHS = babel.dates.get_month_names(locale='en')
+
+
+def _calendar_day(rng: np.random.Generator) -> str:
+    day = rng.integers(1, 29)
+    return f'{_DAYS[int(rng.integers(7))]}, {day} {_MONTHS[int(rng.integers(1, 13))]}'
+
+
+def _progression(rng: np.random.Generator) -> str:
+    first, step = int(rng.integers(100)), int(rng.integers(1, 13))
+    return ', '.join(str(first + i * step) for i in range(4))
+
+
+def _countries() -> dict[str, str]:
+    """Countries of one currency with a short name on which pycountry and CLDR agree -> ISO code of
+    two letters."""
+    territories = babel.Locale('en').territories
+    return {
+        c.name: c.alpha_2
+        for c in pycountry.countries
+        if territories.get(c.alpha_2) == c.name
+        and len(c.name) <= 18
+        and len(babel.numbers.get_territory_currencies(c.alpha_2)) == 1
+    }
+
+
+def _languages() -> dict[str, str]:
+    """Names of languages on which pycountry and CLDR agree -> ISO code of two letters."""
+    names = babel.Locale('en').languages
+    translated = [babel.Locale(code).languages for code in ('fr', 'de', 'es')]
+    return {
+        language.name: language.alpha_2
+        for language in pycountry.languages
+        if names.get(getattr(language, 'alpha_2', '')) == language.name
+        and all(language.alpha_2 in table for table in translated)
+    }
+
+
+def _currencies() -> dict[str, str]:
+    """English names of the currencies in use -> ISO code."""
+    used = {
+        code
+        for country in pycountry.countries
+        for code in babel.numbers.get_territory_currencies(country.alpha_2)
+    }
+    return {babel.numbers.get_currency_name(code, locale='en'): code for code in sorted(used)}
+
+
+_COUNTRIES, _LANGUAGES, _CURRENCIES = _countries(), _languages(), _currencies()
+
+# A domain is a list of all inputs, or a function that draws one.
+DOMAINS: dict[str, Sequence[str] | Callable[[np.random.Generator], str]] = {
+    'word': _words(*_NOUNS, 'body', 'adjective', 'verb'),
+    'thing': _words(*_NOUNS, 'body'),
+    'noun': [word for word in _words(*_NOUNS) if word != 'scissors'],
+    'verb': _WORDS['verb'],
+    'adjective': _WORDS['adjective'],
+    'counted_noun': lambda rng: f'{rng.integers(1, 13)} x {_pick(rng, DOMAINS["noun"], 1)[0]}',
+    'phrase': _phrase,
+    'repetition': _repetition,
+    'mixture': _mixture,
+    'sentence': _sentence,
+    'full_name': _full_name,
+    'path': _path,
+    'number_list': _number_list,
+    'pair': lambda rng: '{} and {}'.format(*rng.choice(np.arange(1, 51), 2, replace=False)),
+    'progression': _progression,
+    'integer': lambda rng: str(rng.integers(10, 1000)),
+    'small_integer': [str(i) for i in range(1, 201)],
+    'iso_date': _iso_date,
+    'calendar_day': _calendar_day,
+    'clock': [f'{hour:02}:{minute:02}' for hour in range(24) for minute in range(60)],
+    'country': list(_COUNTRIES),
+    'language': list(_LANGUAGES),
+    'currency': list(_CURRENCIES),
+}
+
+# ---------------------------------------------------------------------------------- answers
+
+
+def _item(index: int, separator: str | None = None) -> Callable[[str], str]:
+    return lambda text: text.split(separator)[index]
+
+
+def _pig_latin(word: str) -> str:
+    """Leading consonants move to the end before 'ay'; 'way' after a leading vowel."""
+    head, tail = re.fullmatch('([^aeiou]*)(.*)', word).groups()
+    return f'{tail}{head}ay' if head else f'{word}way'
+
+
+def _third_person(verb: str) -> str:
+    if re.search('(s|x|z|ch|sh|o)$', verb):
+        return verb + 'es'
+    return re.sub('([^aeiou])y$', r'\1ie', verb) + 's'
+
+
+def _past(verb: str) -> str:
+    if verb in _PAST:
+        return _PAST[verb]
+    return re.sub('([^aeiou])y$', r'\1i', verb).removesuffix('e') + 'ed'
+
+
+def _compare(adjective: str, ending: str) -> str:
+    """The comparative ('er') or superlative ('est')."""
+    if adjective.endswith('e'):
+        return adjective + ending[1:]
+    if adjective.endswith('y'):
+        return f'{adjective[:-1]}i{ending}'
+    # A single vowel before a single last consonant in a word of one syllable doubles it.
+    doubled = re.fullmatch('[^aeiou]+[aeiou]([bdgmnt])', adjective)
+    return adjective + (doubled[1] if doubled else '') + ending
+
+
+def _adverb(adjective: str) -> str:
+    if adjective.endswith('le'):
+        return adjective[:-1] + 'y'
+    return f'{adjective[:-1]}ily' if adjective.endswith('y') else f'{adjective}ly'
+
+
+def _rewrite(form: str) -> Callable[[str], str]:
+    """Another sentence of 'The SUBJECT VERBs the OTHER.', by its parts."""
+
+    def answer(sentence: str) -> str:
+        _, subject, verb, _, other = sentence.rstrip('.').split()
+        base, past, participle, ing = _ACTIONS[verb]
+        return form.format(
+            subject=subject,
+            other=other,
+            verb=verb,
+            base=base,
+            past=past,
+            participle=participle,
+            ing=ing,
+        )
+
+    return answer
+
+
+def _of_kind(kind: str) -> Callable[[str], str]:
+    return lambda text: next(word for word in text.split(', ') if _KIND[word] == kind)
+
+
+def _numbers(
+    choose: Callable[[list[int]], int | list[int]],
+) -> Callable[[str], str]:
+    """An answer about a comma-separated list of numbers."""
+
+    def answer(text: str) -> str:
+        chosen = choose([int(number) for number in text.split(', ')])
+        return ', '.join(map(str, chosen)) if isinstance(chosen, list) else str(chosen)
+
+    return answer
+
+
+def _pair(choose: Callable[[int, int], object]) -> Callable[[str], str]:
+    return lambda text: str(choose(*map(int, text.split(' and '))))
+
+
+def _in_words(language: str) -> Callable[[str], str]:
+    return lambda text: num2words(int(text), lang=language)
+
+
+def _roman(text: str) -> str:
+    number, numeral = int(text), ''
+    values = (100, 90, 50, 40, 10, 9, 5, 4, 1)
+    for value, letters in zip(values, 'C XC L XL X IX V IV I'.split(), strict=True):
+        numeral += letters * (number // value)
+        number %= value
+    return numeral
+
+
+def _date(form: str) -> Callable[[str], str]:
+    """An ISO date by its parts."""
+
+    def answer(text: str) -> str:
+        year, month, day = map(int, text.split('-'))
+        return form.format(year=year, month=month, day=day, name=_MONTHS[month])
+
+    return answer
+
+
+def _iso_month(language: str) -> Callable[[str], str]:
+    names = babel.dates.get_month_names('wide', 'stand-alone', language)
+    return lambda text: names[int(text.split('-')[1])]
+
+
+def _weekday(shift: int = 0, language: str = 'en') -> Callable[[str], str]:
+    """The weekday of a calendar day, some days later, in a language."""
+    index = {name: i for i, name in _DAYS.items()}
+    names = babel.dates.get_day_names('wide', 'stand-alone', language)
+    return lambda text: names[(index[text.split(',')[0]] + shift) % 7]
+
+
+def _month(shift: int = 0, language: str = 'en') -> Callable[[str], str]:
+    """The month of a calendar day, some months later, in a language."""
+    index = {name: i for i, name in _MONTHS.items()}
+    names = babel.dates.get_month_names('wide', 'stand-alone', language)
+    return lambda text: names[(index[text.split()[-1]] + shift - 1) % 12 + 1]
+
+
+def _clock(form: str, shift: int = 0) -> Callable[[str], str]:
+    """A time of 24 hours by its parts, some hours later."""
+
+    def answer(text: str) -> str:
+        hour, minute = map(int, text.split(':'))
+        hour = (hour + shift) % 24
+        half = 'AM' if hour < 12 else 'PM'
+        return form.format(hour=hour, minute=minute, twelve=(hour - 1) % 12 + 1, half=half)
+
+    return answer
+
+
+def _part_of_day(text: str) -> str:
+    hour = int(text[:2])
+    return ('night', 'morning', 'afternoon', 'evening')[hour // 6]
+
+
+def _country(language: str) -> Callable[[str], str]:
+    return lambda text: babel.Locale(language).territories[_COUNTRIES[text]]
+
+
+def _language(language: str) -> Callable[[str], str]:
+    return lambda text: babel.Locale(language).languages[_LANGUAGES[text]]
+
+
+def _ends_swapped(parts: list[str]) -> list[str]:
+    return [parts[-1], *parts[1:-1], parts[0]]
+
+
+def _counted(text: str, in_words: bool) -> str:
+    count, noun = text.split(' x ')
+    number = num2words(int(count)) if in_words else count
+    return f'{number} {_ENGLISH.plural(noun, count)}'
+
+
+def _repeated(text: str) -> str:
+    words = text.split(', ')
+    return next(word for word in words if words.count(word) == 2)
+
+
+# family -> domain -> task -> the answer to an input.
+_TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
+    'letters': {
+        'word': {
+            'uppercase': str.upper,
+            'capitalize_word': str.capitalize,
+            'first_letter': lambda word: word[0],
+            'last_letter': lambda word: word[-1],
+            'first_three_letters': lambda word: word[:3],
+            'drop_first_letter': lambda word: word[1:],
+            'drop_last_letter': lambda word: word[:-1],
+            'count_letters': lambda word: str(len(word)),
+            'count_vowels': lambda word: str(sum(letter in _VOWELS for letter in word)),
+            'remove_vowels': lambda word: ''.join(x for x in word if x not in _VOWELS),
+            'reverse_letters': lambda word: word[::-1],
+            'spell_with_hyphens': '-'.join,
+            'pig_latin': _pig_latin,
+        },
+    },
+    'words': {
+        'phrase': {
+            'first_word': _item(0),
+            'second_word': _item(1),
+            'last_word': _item(-1),
+            'longest_word': lambda text: max(text.split(), key=len),
+            'shortest_word': lambda text: min(text.split(), key=len),
+            'count_words': lambda text: str(len(text.split())),
+            'reverse_words': lambda text: ' '.join(text.split()[::-1]),
+            'sort_words': lambda text: ' '.join(sorted(text.split())),
+            'drop_first_word': lambda text: text.split(' ', 1)[1],
+            'swap_first_and_last_word': lambda text: ' '.join(_ends_swapped(text.split())),
+            'acronym': lambda text: ''.join(word[0].upper() for word in text.split()),
+            'snake_case': lambda text: text.replace(' ', '_'),
+        },
+        'repetition': {
+            'repeated_word': _repeated,
+            'remove_repetition': lambda text: ', '.join(dict.fromkeys(text.split(', '))),
+        },
+    },
+    'meaning': {
+        'mixture': {
+            'pick_animal': _of_kind('animal'),
+            'pick_fruit': _of_kind('fruit'),
+            'pick_vehicle': _of_kind('vehicle'),
+            'pick_garment': _of_kind('garment'),
+            'pick_job': _of_kind('job'),
+        },
+        'thing': {
+            'is_animal': lambda word: 'yes' if _KIND[word] == 'animal' else 'no',
+            'kind_of_thing': lambda word: 'body part' if _KIND[word] == 'body' else _KIND[word],
+        },
+    },
+    'inflection': {
+        'noun': {
+            'plural': _ENGLISH.plural,
+            'with_article': _ENGLISH.a,
+        },
+        'noun_phrase': {},
+        'counted_noun': {
+            'count_with_noun': functools.partial(_counted, in_words=False),
+            'count_in_words_with_noun': functools.partial(_counted, in_words=True),
+        },
+        'verb': {
+            'past_tense': _past,
+            'ing_form': _ENGLISH.present_participle,
+            'third_person': _third_person,
+        },
+        'adjective': {
+            'comparative': functools.partial(_compare, ending='er'),
+            'superlative': functools.partial(_compare, ending='est'),
+            'adverb': _adverb,
+        },
+    },
+    'sentences': {
+        'sentence': {
+            'sentence_subject': _rewrite('{subject}'),
+            'sentence_object': _rewrite('{other}'),
+            'sentence_to_past': _rewrite('The {subject} {past} the {other}.'),
+            'sentence_to_future': _rewrite('The {subject} will {base} the {other}.'),
+            'sentence_to_negation': _rewrite('The {subject} does not {base} the {other}.'),
+            'sentence_to_question': _rewrite('Does the {subject} {base} the {other}?'),
+            'sentence_to_passive': _rewrite('The {other} is {participle} by the {subject}.'),
+            'swap_subject_and_object': _rewrite('The {other} {verb} the {subject}.'),
+        },
+    },
+    'names': {
+        'full_name': {
+            'given_name': _item(0),
+            'surname': _item(1),
+            'initials': lambda text: '.'.join(name[0] for name in text.split()) + '.',
+            'surname_first': lambda text: '{1}, {0}'.format(*text.split()),
+            'email_address': lambda text: text.lower().replace(' ', '.') + '@example.com',
+            'user_name': lambda text: text[0].lower() + text.split()[1].lower(),
+        },
+        'path': {
+            'file_extension': _item(-1, '.'),
+            'file_stem': lambda text: text.split('/')[-1].split('.')[0],
+            'containing_folder': _item(-2, '/'),
+        },
+    },
+    'numbers': {
+        'number_list': {
+            'largest_number': _numbers(max),
+            'smallest_number': _numbers(min),
+            'first_number': _numbers(lambda numbers: numbers[0]),
+            'sort_ascending': _numbers(sorted),
+            'sort_descending': _numbers(lambda numbers: sorted(numbers, reverse=True)),
+            'even_numbers': _numbers(lambda numbers: [n for n in numbers if n % 2 == 0]),
+            'odd_numbers': _numbers(lambda numbers: [n for n in numbers if n % 2]),
+        },
+        'pair': {
+            'sum_of_pair': _pair(lambda a, b: a + b),
+            'difference_of_pair': _pair(lambda a, b: abs(a - b)),
+            'larger_of_pair': _pair(max),
+            'comparison_sign': _pair(lambda a, b: '<' if a < b else '>'),
+        },
+        'progression': {
+            'next_term': _numbers(lambda numbers: 2 * numbers[-1] - numbers[-2]),
+            'step_of_progression': _numbers(lambda numbers: numbers[1] - numbers[0]),
+        },
+        'integer': {
+            'successor': lambda text: str(int(text) + 1),
+            'predecessor': lambda text: str(int(text) - 1),
+            'last_digit': lambda text: text[-1],
+            'ordinal_suffix': _ENGLISH.ordinal,
+        },
+        'small_integer': {
+            'roman_numeral': _roman,
+            'number_in_french': _in_words('fr'),
+            'number_in_german': _in_words('de'),
+            'number_in_spanish': _in_words('es'),
+            'number_in_english': _in_words('en'),
+        },
+    },
+    'dates': {
+        'iso_date': {
+            'year_of_date': _date('{year}'),
+            'day_of_date': _date('{day}'),
+            'month_of_date': _date('{name}'),
+            'american_date': _date('{month:02}/{day:02}/{year}'),
+            'date_in_english': _date('{name} {day}, {year}'),
+            'month_of_date_in_french': _iso_month('fr'),
+        },
+        'calendar_day': {
+            'next_weekday': _weekday(1),
+            'previous_weekday': _weekday(-1),
+            'weekday_in_french': _weekday(language='fr'),
+            'weekday_in_german': _weekday(language='de'),
+            'is_weekend': lambda text: 'yes' if text.startswith('S') else 'no',
+            'next_month': _month(1),
+            'previous_month': _month(-1),
+        },
+        'clock': {
+            'twelve_hour_clock': _clock('{twelve}:{minute:02} {half}'),
+            'hour_of_time': _clock('{hour}'),
+            'minutes_of_time': _clock('{minute:02}'),
+            'am_or_pm': _clock('{half}'),
+            'one_hour_later': _clock('{hour:02}:{minute:02}', 1),
+            'part_of_day': _part_of_day,
+        },
+    },
+    'world': {
+        'country': {
+            'country_code': lambda text: _COUNTRIES[text],
+            'currency_code_of_country': lambda text: babel.numbers.get_territory_currencies(
+                _COUNTRIES[text]
+            )[0],
+            'country_in_french': _country('fr'),
+            'country_in_german': _country('de'),
+        },
+        'language': {
+            'language_code': lambda text: _LANGUAGES[text],
+            'language_in_french': _language('fr'),
+        },
+        'currency': {
+            'currency_code': lambda text: _CURRENCIES[text],
+        },
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a generated task is made: the answer to each input of a domain."""
+
+    family: str
+    domain: str
+    answer: Callable[[str], str]
+
+
+RECIPES = {
+    name: Recipe(family, domain, answer)
+    for family, domains in _TABLE.items()
+    for domain, answers in domains.items()
+    for name, answer in answers.items()
+}
+
+# ---------------------------------------------------------------------------------- tasks
+
+
+def _draws(domain: str, seed: int) -> Iterator[str]:
+    """Distinct inputs of a domain; the i-th depends on (seed, i) alone."""
+    rng = np.random.default_rng((seed, zlib.crc32(domain.encode())))
+    inputs = DOMAINS[domain]
+    if not callable(inputs):
+        yield from _pick(rng, inputs, len(inputs))
+        return
+    seen = set()
+    while True:
+        text = inputs(rng)
+        if text not in seen:
+            seen.add(text)
+            yield text
+
+
+@functools.lru_cache(maxsize=256)
+def _split(domain: str, seed: int, train: int, test: int) -> tuple[tuple[str, ...], ...]:
+    """Inputs (train, test). The test inputs come first, so that they do not depend on `train`."""
+    inputs = DOMAINS[domain]
+    if not callable(inputs):
+        test = min(test, len(inputs) // 5)
+        train = min(train, len(inputs) - test)
+    draws = _draws(domain, seed)
+    drawn = [next(draws) for _ in range(test + train)]
+    return tuple(drawn[test:]), tuple(drawn[:test])
+
+
+def generate(name: str, seed: int = 0, train: int = 500, test: int = 100) -> Task:
+    """A task of at most `train` and `test` examples: fewer where its domain is small, of which a
+    fifth is for testing.
+
+    Raises:
+      UserError: no such task.
+    """
+    if name not in RECIPES:
+        raise UserError(f'unknown generated task {name!r}; known: {", ".join(RECIPES)}')
+    recipe = RECIPES[name]
+    descriptions, test_descriptions = own_descriptions(name)
+    return Task(
+        name,
+        'generated',
+        'Apache-2.0',
+        descriptions,
+        test_descriptions,
+        *(
+            tuple(Example(text, (recipe.answer(text),)) for text in inputs)
+            for inputs in _split(recipe.domain, seed, train, test)
+        ),
+    )
