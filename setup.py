@@ -36,6 +36,7 @@ setuptools.setup(
         'numpy',
         'optax',
         'orbax-checkpoint',
+        'qwix>=0.1.8,<0.2',
         'safetensors',
         'tensorboardX',
         'tensorflow-datasets',

@@ -42,6 +42,7 @@ def _published(base: str, early_exit: int) -> ConfigDict:
             'name': 'd2l_niah',
             'base': base,
             'base_dtype': 'bfloat16',
+            'base_quantization': 'none',  # or 'int8', 'int4': of kernels and embeddings
             'seed': 0,
             'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
             'remat': 'full',

@@ -27,6 +27,7 @@ from conftest import tiny_base, tiny_training
 
 from hyperlora import data, meta_learning, sharding
 from hyperlora.errors import UserError
+from hyperlora.models import base as base_models
 from hyperlora.models.decoder import Decoder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -183,7 +184,7 @@ def test_learning_rate_warms_up_and_decays():
 @pytest.fixture(autouse=True)
 def on_the_tiny_base(monkeypatch):
     """Trains on the tiny base; a handler of SIGTERM that a training leaves is removed."""
-    monkeypatch.setattr(meta_learning, 'load_base', lambda name, dtype: tiny_base())
+    monkeypatch.setattr(meta_learning, 'load_base', lambda *_: tiny_base())
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -213,7 +214,7 @@ def straight(tmp_path_factory):
     handler = signal.getsignal(signal.SIGTERM)
     printed = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meta_learning, 'load_base', lambda name, dtype: tiny_base())
+        patch.setattr(meta_learning, 'load_base', lambda *_: tiny_base())
         patch.setattr(meta_learning, 'print', lambda text, **_: printed.append(text), raising=False)
         state = value_of(meta_learning.train(tiny_training(), str(workdir)))
     signal.signal(signal.SIGTERM, handler)
@@ -295,7 +296,7 @@ def test_changed_settings_are_refused(straight, tmp_path, change, message):
 def test_another_base_is_refused(straight, tmp_path, monkeypatch):
     shutil.copytree(straight[0], tmp_path / 'run')
     other = dataclasses.replace(tiny_base(), fingerprint='another')
-    monkeypatch.setattr(meta_learning, 'load_base', lambda name, dtype: other)
+    monkeypatch.setattr(meta_learning, 'load_base', lambda *_: other)
     with pytest.raises(UserError, match='base model'):
         meta_learning.train(tiny_training(), str(tmp_path / 'run'))
 
@@ -402,7 +403,7 @@ def test_several_devices_compute_what_one_does(tmp_path):
 def train_slowly():
     from launch import cli, train
 
-    meta_learning.load_base = lambda name, dtype: tiny_base()
+    meta_learning.load_base = lambda *_: tiny_base()
     update = meta_learning.Progress.update
 
     def slow(*args):
@@ -453,8 +454,13 @@ def compare_meshes(workdir):
         assert {k: float(v) for k, v in ours.items()} == pytest.approx(metrics, rel=1e-5), shape
         assert_close(value_of(after.opt_state), wanted, 1e-5)
         print(shape, groups, 'groups: agrees', flush=True)
+
     # The loop: four groups at once on four devices are four microbatches, two by two as well.
-    meta_learning.load_base = lambda name, dtype: base
+    def load(name, dtype, mesh, quantization):
+        places = base_models.shardings(base.config, mesh)
+        return dataclasses.replace(base, params=jax.device_put(base.params, places))
+
+    meta_learning.load_base = load
     config.data.stages = [{**dict(config.data.stages[1]), 'steps': 3}]
     lines = []
     for shape, accumulate in (((2, 2, 1), 1), ((1, 2, 2), 2)):

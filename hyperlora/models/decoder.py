@@ -19,6 +19,7 @@ from flax import struct
 
 from hyperlora import lora as lora_lib
 from hyperlora.lora import Lora
+from hyperlora.models import quantization
 from hyperlora.models.attention import attention, causal_attention, sees
 from hyperlora.models.families import DecoderConfig, Rope
 
@@ -244,7 +245,7 @@ def local_flags(config: DecoderConfig) -> jax.Array | None:
 
 def embed(config: DecoderConfig, table: jax.Array, tokens: jax.Array) -> jax.Array:
     """What the first layer reads: `[b, s]` tokens, `[v, d]` embeddings -> `[b, s, d]`."""
-    return table[tokens] * jnp.asarray(config.embedding_scale, table.dtype)
+    return quantization.rows(table, tokens) * jnp.asarray(config.embedding_scale, table.dtype)
 
 
 class Decoder(nn.Module):
@@ -322,12 +323,10 @@ class Decoder(nn.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits in f32, `[..., d]` -> `[..., v]`."""
         table = self.embedder if self.config.tie_embeddings else self.unembedder
-        logits = jnp.einsum(
-            '...d,vd->...v',
-            hidden,
-            table.embedding.astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
+        contract = functools.partial(
+            jnp.einsum, '...d,vd->...v', preferred_element_type=jnp.float32
         )
+        logits = quantization.product(contract, hidden, table.embedding.astype(hidden.dtype))
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
