@@ -38,6 +38,7 @@ setuptools.setup(
         'orbax-checkpoint',
         'pillow',
         'pyyaml',
+        'qwix>=0.1.8,<0.2',
         'safetensors',
         'tensorboardX',
         'tensorflow-datasets',

@@ -42,9 +42,12 @@ def _published(base: str, early_exit: int) -> ConfigDict:
             'name': 'd2l_niah',
             'base': base,
             'base_dtype': 'bfloat16',
+            'base_quantization': 'none',  # or 'int8', 'int4': of kernels and embeddings
             'seed': 0,
             'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
             'remat': 'full',
+            'neftune': 0.0,
+            'groups': 1,  # packed rows per data shard
             'accumulate': 1,
             'log_every': 10,
             'checkpoint_every': 500,
@@ -57,6 +60,7 @@ def _published(base: str, early_exit: int) -> ConfigDict:
                     'num_layers': early_exit,
                     'model': '',
                     'dtype': 'bfloat16',
+                    'quantization': 'none',
                 },
                 'modules': ('down_proj',),
                 'shape': {

@@ -4,7 +4,7 @@ python -m launch.evaluate --config=configs/eval_niah.py --checkpoint=NAME_OR_DIR
 ... --config.lengths=256,1024 --config.haystack=varied
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -21,5 +21,7 @@ def get_config() -> ConfigDict:
             # few, because long prompts are slow. 0 leaves that out.
             'baseline_examples': 10,
             'max_new_tokens': 16,  # the base model answers in a sentence
+            # 'none', 'int8' or 'int4'; by default as in the training.
+            'base_quantization': config_dict.placeholder(str),
         }
     )

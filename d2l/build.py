@@ -47,7 +47,9 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
         raise UserError(f'unknown context encoder {name!r}; known: {", ".join(CONTEXT_ENCODERS)}')
     encoder = base
     if config.encoder.model:
-        encoder = load_encoder(config.encoder.model, jnp.dtype(config.encoder.dtype), mesh)
+        encoder = load_encoder(
+            config.encoder.model, config.encoder.dtype, mesh, config.encoder.quantization
+        )
     module = make_module(config, base.config, encoder.config)
     count = base.config.num_layers if module.config.layer_to_layer else config.encoder.num_layers
     depth = text_config(encoder.config).num_layers

@@ -122,7 +122,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     """
     _check(config)
     haystack = haystacks.get(config.haystack)
-    model = trained.load(checkpoint)
+    model = trained.load(checkpoint, quantization=config.base_quantization)
     base = model.base
     path = workdir / 'metrics.json'
     metrics = _resume(
@@ -133,7 +133,14 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
             'base': base.name,
             **{
                 key: config[key]
-                for key in ('haystack', 'seed', 'examples', 'baseline_examples', 'max_new_tokens')
+                for key in (
+                    'base_quantization',
+                    'haystack',
+                    'seed',
+                    'examples',
+                    'baseline_examples',
+                    'max_new_tokens',
+                )
             },
         },
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from hyperlora.errors import UserError
@@ -48,11 +49,34 @@ class Hypernetwork:
     def generate(
         self, params: Any, encoder_params: Any, context: dict[str, jax.Array], **kwargs
     ) -> tuple[Lora, Lora | None]:
-        """LoRAs of a context batch; differentiable in `params`."""
+        """LoRAs of a context batch; `kwargs` go to the module."""
         features, mask = self.encode(encoder_params, context)
-        return self.module.apply(
-            {'params': params}, jax.lax.stop_gradient(features), mask, **kwargs
+        return self.module.apply({'params': params}, features, mask, **kwargs)
+
+    def generate_with_losses(
+        self,
+        params: Any,
+        encoder_params: Any,
+        context: dict[str, jax.Array],
+        key: jax.Array | None,
+    ) -> tuple[Lora, Lora | None, jax.Array | float]:
+        """LoRAs of a context batch in training, differentiable in `params`.
+
+        Args:
+          key: for dropout; None for none.
+
+        Returns:
+          The LoRAs, and the sum of what the module adds to the loss (its `losses` collection).
+        """
+        features, mask = self.encode(encoder_params, context)
+        (chunks, shared), state = self.module.apply(
+            {'params': params},
+            jax.lax.stop_gradient(features),
+            mask,
+            rngs={} if key is None else {'dropout': key},
+            mutable=['losses'],
         )
+        return chunks, shared, sum(map(jnp.sum, jax.tree.leaves(state)), 0.0)
 
     def init(self, key: jax.Array, encoder_params: Any) -> Any:
         """Fresh parameters, boxed with their logical axis names."""

@@ -22,6 +22,7 @@ import numpy as np
 from flax import struct
 
 from hyperlora.errors import UserError
+from hyperlora.models import quantization
 from hyperlora.models.families import DecoderConfig
 
 # Where each adapted projection lives among the decoder's stacked layer parameters.
@@ -130,7 +131,7 @@ def project(
 
     Args:
       x: `[b, s, i]`.
-      kernel: `[i, o]`.
+      kernel: `[i, o]`, perhaps quantized.
       pair: one layer's factors, `a [g, r, i]`, `b [g, r, o]`; g divides b and b/g consecutive
         batch rows share one LoRA row. None leaves the base projection.
       scaling: scalar.
@@ -139,7 +140,7 @@ def project(
     Returns:
       `[b, s, o]` in the dtype of x.
     """
-    y = x @ kernel
+    y = quantization.product(jnp.matmul, x, kernel)
     if pair is None:
         return y
     batch, tokens, _ = x.shape
@@ -291,12 +292,14 @@ def merge(params: Any, lora: Lora) -> Any:
     """Decoder parameters with the LoRA added to their kernels.
 
     Args:
-      params: decoder parameters, kernels `[l, i, o]`.
+      params: decoder parameters, kernels `[l, i, o]`, not quantized.
       lora: a LoRA of one row.
 
     Raises:
       ValueError: if the LoRA has more than one row.
+      UserError: the parameters are quantized.
     """
+    quantization.check_unquantized(params)
     if lora.rows != 1:
         raise ValueError(f'only a LoRA of one row can be merged, not of {lora.rows}')
     layers = dict(params['layers'])

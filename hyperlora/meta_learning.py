@@ -15,10 +15,10 @@ k labels, d width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import signal
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -30,14 +30,14 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from hyperlora import data, hypernetwork, lora, sharding
+from hyperlora import data, hypernetwork, lora, objectives, sharding
 from hyperlora.checkpointing import Checkpointer, check_meta
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
+from hyperlora.lora import Lora
 from hyperlora.metrics import MetricWriter, Progress
 from hyperlora.models.base import BaseModel, load_base
 from hyperlora.models.decoder import Decoder
-from hyperlora.objectives import OBJECTIVES, l1_of_generated
 
 Batch = dict[str, dict[str, jax.Array]]
 
@@ -95,22 +95,24 @@ class Learner:
     Attributes:
       hypernetwork: context -> Lora.
       decoder: the frozen model.
-      objective: (logits at labels, query) -> loss per label; see `objectives`.
-      l1: coefficient of the L1 penalty on generated A and B.
-      max_chunks: chunks of the longest context (the penalty's mean runs over them).
+      objective: what the LoRAs are trained towards; see `objectives`.
       groups: g, over which chunks and queries of a microbatch are divided evenly.
       optimizer: updates the hypernetwork's parameters.
+      neftune: strength of the noise on the frozen model's embeddings (arXiv 2310.05914).
+      seed: of dropout and noise.
     """
 
     hypernetwork: Hypernetwork
     decoder: Decoder
-    objective: Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
-    l1: float
-    max_chunks: int
+    objective: objectives.LanguageModelling
     groups: int
     optimizer: optax.GradientTransformation
+    neftune: float = 0.0
+    seed: int = 0
 
-    def loss(self, params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, dict]:
+    def loss(
+        self, params: Any, frozen: Any, batch: Batch, key: jax.Array | None = None
+    ) -> tuple[jax.Array, objectives.Sums]:
         """Sum of losses over one microbatch, and the sums of what is reported.
 
         Args:
@@ -119,33 +121,37 @@ class Learner:
           batch: `context`, what the hypernetwork's encoder takes, of `[g * n, ...]`;
             `query`: tokens `[b, t]`, labels, label_positions (of the hidden state that predicts
             each) and label_weights `[b, k]`, chunk_weights `[b, n]`.
-
-        Returns:
-          (loss sum, {'weight', 'loss', 'l1', 'exact', 'queries'} sums).
+          key: for dropout and noise; None for neither.
         """
-        query = batch['query']
-        chunks, shared = self.hypernetwork.generate(params, frozen['encoder'], batch['context'])
+        key, noise_key = (None, None) if key is None else jax.random.split(key)
+        chunks, shared, extra = self.hypernetwork.generate_with_losses(
+            params, frozen['encoder'], batch['context'], key
+        )
+        logits_of = functools.partial(self._logits, frozen['base'], noise_key)
+        total, sums = self.objective(chunks, shared, batch, logits_of)
+        return total + extra * sums['loss'][1], sums
+
+    def _logits(
+        self,
+        base: Any,
+        key: jax.Array | None,
+        chunks: Lora,
+        shared: Lora | None,
+        query: dict[str, jax.Array],
+    ) -> jax.Array:
+        """The adapted model's logits at the labels, `[b, k, v]`."""
         adapter, rank_weights = lora.compose(chunks, shared, self.groups, query['chunk_weights'])
+        noise = None
+        if key is not None and self.neftune:
+            shape = (*query['tokens'].shape, self.decoder.config.width)
+            limit = self.neftune / math.sqrt(shape[1] * shape[2])
+            noise = jax.random.uniform(key, shape, minval=-limit, maxval=limit)
         hidden = self.decoder.apply(
-            {'params': frozen['base']}, query['tokens'], lora=adapter, rank_weights=rank_weights
+            {'params': base}, query['tokens'], lora=adapter, rank_weights=rank_weights, noise=noise
         ).hidden
         # Logits only where there is a label: vocabularies are large.
         hidden = jnp.take_along_axis(hidden, query['label_positions'][..., None], 1)
-        logits = self.decoder.apply({'params': frozen['base']}, hidden, method='unembed')
-        weights = query['label_weights']
-        total = (weights * self.objective(logits, query)).sum()
-        penalty = l1_of_generated(
-            chunks, shared, batch['context']['mask'].any(-1), weights.sum(), self.max_chunks
-        )
-        right = (logits.argmax(-1) == query['labels']) | (weights == 0)
-        sums = {
-            'weight': weights.sum(),
-            'loss': total,
-            'l1': penalty,
-            'exact': right.all(-1).sum().astype(jnp.float32),
-            'queries': jnp.float32(right.shape[0]),
-        }
-        return total + self.l1 * penalty, sums
+        return self.decoder.apply({'params': base}, hidden, method='unembed')
 
     def step(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict]:
         """One optimiser step over a microbatches: gradients of sums, divided once.
@@ -155,30 +161,29 @@ class Learner:
           batch: every leaf `[a, ...]`.
 
         Returns:
-          The new state and mean metrics (loss per context, l1, exact, grad_norm).
+          The new state and mean metrics (loss, exact, grad_norm and the penalties).
         """
         gradient = jax.value_and_grad(self.loss, has_aux=True)
+        count = jax.tree.leaves(batch)[0].shape[0]
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), state.step), count)
 
-        def accumulate(total, microbatch):
-            (_, sums), grads = gradient(state.params, frozen, microbatch)
-            return jax.tree.map(jnp.add, total, (grads, sums)), None
+        def one(microbatch, key):
+            (_, sums), grads = gradient(state.params, frozen, microbatch, key)
+            return grads, sums
 
-        if jax.tree.leaves(batch)[0].shape[0] == 1:
-            (_, sums), grads = gradient(state.params, frozen, jax.tree.map(lambda x: x[0], batch))
+        def accumulate(total, xs):
+            return jax.tree.map(jnp.add, total, one(*xs)), None
+
+        first = jax.tree.map(lambda x: x[0], (batch, keys))
+        if count == 1:
+            grads, sums = one(*first)
         else:
-            first = jax.tree.map(lambda x: x[0], batch)
-            zeros = jax.tree.map(
-                jnp.zeros_like, jax.eval_shape(lambda: gradient(state.params, frozen, first))
-            )
-            (grads, sums), _ = jax.lax.scan(accumulate, (zeros[1], zeros[0][1]), batch)
-        grads = jax.tree.map(lambda g: g / sums['weight'], grads)
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, *first))
+            (grads, sums), _ = jax.lax.scan(accumulate, zeros, (batch, keys))
+        grads = jax.tree.map(lambda g: g / sums['loss'][1], grads)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        metrics = {
-            'loss': sums['loss'] / sums['weight'],
-            'l1': sums['l1'] / sums['weight'],
-            'exact': sums['exact'] / sums['queries'],
-            'grad_norm': optax.tree.norm(grads),
-        }
+        metrics = {name: total / weight for name, (total, weight) in sums.items()}
+        metrics['grad_norm'] = optax.tree.norm(grads)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -196,18 +201,14 @@ def make_learner(
     Raises:
       UserError: unknown hypernetwork or objective.
     """
-    if config.objective.name not in OBJECTIVES:
-        raise UserError(
-            f'unknown objective {config.objective.name!r}; known: {", ".join(OBJECTIVES)}'
-        )
     return Learner(
         hypernetwork.build(config.hypernetwork, base, mesh),
         Decoder(base.config, remat=config.remat),
-        OBJECTIVES[config.objective.name],
-        config.objective.l1,
-        config.objective.max_chunks,
+        objectives.build(config.objective),
         groups,
         make_optimizer(config.optimizer),
+        config.neftune,
+        config.seed,
     )
 
 
@@ -224,8 +225,8 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     """
     # ---- mesh and base model
     mesh = sharding.make_mesh(config.mesh)
-    groups = sharding.data_shards(mesh)
-    base = load_base(config.base, jnp.dtype(config.base_dtype), mesh)
+    groups = sharding.data_shards(mesh) * config.groups
+    base = load_base(config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization)
     learner = make_learner(config, base, groups, mesh)
     encoder = learner.hypernetwork.encoder
     frozen = {'base': base.params, 'encoder': encoder.params}

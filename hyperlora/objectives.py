@@ -1,32 +1,46 @@
-"""Objectives of meta-learning: what the adapted model is trained towards.
+"""Objectives of meta-learning: what the generated LoRAs are trained towards.
 
-Axes: b rows, k labels per row, v vocabulary, t teacher's top entries, l layers, n chunks, r rank.
+Axes: b rows, k labels per row, v vocabulary, t teacher's top entries, l layers, n chunks, r rank,
+i and o a module's widths.
 
-Losses are (sum, weight) pairs, divided once after all microbatches and devices are added up, so
-that accumulation and packing change nothing. Label weights come with the batch: 1 for each label
-averages over tokens; 1 / (labels of the query x queries of the context) averages per context, as
-Doc-to-LoRA does, and makes the total weight the number of contexts.
+Losses are sums with weights, divided once after all microbatches and devices are added up, so that
+accumulation and packing change nothing. Label weights come with the batch: 1 for each label
+averages over tokens; 1 / labels of the row averages per row; 1 / (labels of the query x queries of
+the context) averages per context, as Doc-to-LoRA does, and makes the total weight the number of
+contexts.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from hyperlora.errors import UserError
 from hyperlora.lora import Lora
 
+# Name of a metric -> (sum, weight).
+Sums = dict[str, tuple[jax.Array, jax.Array]]
 
-def cross_entropy(logits: jax.Array, query: dict[str, jax.Array]) -> jax.Array:
+
+def cross_entropy(
+    logits: jax.Array, query: dict[str, jax.Array], smoothing: float = 0.0
+) -> jax.Array:
     """Negative log-likelihood of each label, `[b, k]` f32.
 
     Args:
       logits: `[b, k, v]` at the label positions.
       query: holds `labels [b, k]`.
+      smoothing: share of the target that is spread over the whole vocabulary.
     """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -jnp.take_along_axis(log_probs, query['labels'][..., None], -1)[..., 0]
+    loss = -jnp.take_along_axis(log_probs, query['labels'][..., None], -1)[..., 0]
+    return (1 - smoothing) * loss - smoothing * log_probs.mean(-1) if smoothing else loss
 
 
 def top_k_distillation(logits: jax.Array, query: dict[str, jax.Array]) -> jax.Array:
@@ -43,7 +57,55 @@ def top_k_distillation(logits: jax.Array, query: dict[str, jax.Array]) -> jax.Ar
     return -jnp.sum(jnp.exp(query['teacher_log_probs']) * student, -1)
 
 
-OBJECTIVES = {'cross_entropy': cross_entropy, 'top_k_distillation': top_k_distillation}
+@dataclasses.dataclass(frozen=True)
+class LanguageModelling:
+    """The adapted model should give the labels.
+
+    Attributes:
+      token_loss: (logits at the labels, query) -> `[b, k]`.
+      l1: coefficient of the L1 penalty on generated A and B, per context (Doc-to-LoRA).
+      max_chunks: chunks of the longest context (that penalty's mean runs over them).
+      l2: coefficient of the penalty on the mean squares of A and B (Text-to-LoRA).
+    """
+
+    token_loss: Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
+    l1: float = 0.0
+    max_chunks: int = 1
+    l2: float = 0.0
+
+    def __call__(
+        self,
+        chunks: Lora,
+        shared: Lora | None,
+        batch: dict[str, dict[str, jax.Array]],
+        logits_of: Callable[[Lora, Lora | None, dict[str, jax.Array]], jax.Array],
+    ) -> tuple[jax.Array, Sums]:
+        """Sum of losses over a microbatch, and what is reported.
+
+        Args:
+          chunks: one row per context chunk.
+          shared: the LoRA that all contexts share.
+          batch: `context` and `query`, see `meta_learning.Learner.loss`.
+          logits_of: (chunks, shared, query) -> the adapted model's logits at the labels.
+        """
+        query = batch['query']
+        logits, weights = logits_of(chunks, shared, query), query['label_weights']
+        total, weight = (weights * self.token_loss(logits, query)).sum(), weights.sum()
+        right = (logits.argmax(-1) == query['labels']) | (weights == 0)
+        sums = {
+            'loss': (total, weight),
+            'exact': (right.all(-1).sum().astype(jnp.float32), jnp.float32(right.shape[0])),
+        }
+        if self.l1:
+            mask = batch['context']['mask'].any(-1)
+            l1 = l1_of_generated(chunks, shared, mask, weight, self.max_chunks)
+            sums['l1'] = l1, weight
+            total += self.l1 * l1
+        if self.l2:
+            l2 = weight * l2_of_generated(chunks)
+            sums['l2'] = l2, weight
+            total += self.l2 * l2
+        return total, sums
 
 
 def l1_of_generated(
@@ -84,3 +146,36 @@ def l1_of_generated(
         own: Any = common.get(name)
         terms += [factor(pair.a, own and own.a), factor(pair.b, own and own.b)]
     return sum(terms) / len(chunks.pairs)
+
+
+def l2_of_generated(loras: Lora) -> jax.Array:
+    """Mean square of A plus that of B, added over modules; scalar f32 (Text-to-LoRA's code)."""
+    means = [jnp.square(x.astype(jnp.float32)).mean() for x in jax.tree.leaves(loras.pairs)]
+    return sum(means)
+
+
+def _cross_entropy(label_smoothing: float = 0.0, **settings: Any) -> LanguageModelling:
+    token_loss = functools.partial(cross_entropy, smoothing=label_smoothing)
+    return LanguageModelling(token_loss, **settings)
+
+
+OBJECTIVES = {
+    'cross_entropy': _cross_entropy,
+    'top_k_distillation': functools.partial(LanguageModelling, top_k_distillation),
+}
+
+
+def build(config: ConfigDict) -> LanguageModelling:
+    """The objective `config.name`; what else the config says are its settings.
+
+    Raises:
+      UserError: no objective of that name, or no such setting.
+    """
+    settings = config.to_dict()
+    name = settings.pop('name')
+    if name not in OBJECTIVES:
+        raise UserError(f'unknown objective {name!r}; known: {", ".join(OBJECTIVES)}')
+    try:
+        return OBJECTIVES[name](**settings)
+    except TypeError as error:
+        raise UserError(f'objective {name}: {error}') from error

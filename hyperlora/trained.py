@@ -36,13 +36,16 @@ class Trained:
     params: Any
 
 
-def load(checkpoint: str, base: BaseModel | None = None) -> Trained:
+def load(
+    checkpoint: str, base: BaseModel | None = None, quantization: str | None = None
+) -> Trained:
     """Loads a checkpoint.
 
     Args:
       checkpoint: name of shipped weights (a folder of hyperlora/pretrained), a folder that
         `launch.export` wrote, or the workdir of a training.
       base: the base model, if it is loaded already.
+      quantization: of the base model, see `load_base`; None for that of the training.
 
     Raises:
       UserError: unknown name, damaged or foreign files, or another base model than the one that
@@ -62,7 +65,11 @@ def load(checkpoint: str, base: BaseModel | None = None) -> Trained:
     try:
         config, fingerprint = ConfigDict(meta['config']), meta['base_fingerprint']
         encoder_fingerprint = meta['encoder_fingerprint']
-        base = base or load_base(config.base, jnp.dtype(config.base_dtype))
+        base = base or load_base(
+            config.base,
+            jnp.dtype(config.base_dtype),
+            quantization=quantization or config.base_quantization,
+        )
         if fingerprint != base.fingerprint:
             raise UserError(
                 f'{folder} was trained for base model {fingerprint} '

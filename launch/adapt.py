@@ -1,7 +1,7 @@
 """Internalises a document: writes a LoRA that lets the base model answer questions about it.
 
     python -m launch.adapt --checkpoint=NAME_OR_DIR --document=FILE --output=DIR
-        [--iterative] [--format=peft]
+        [--iterative] [--format=peft] [--base_quantization=int8]
 
 The LoRA is a PEFT adapter; ask it with launch.ask.
 """
@@ -17,6 +17,12 @@ _CHECKPOINT = flags.DEFINE_string('checkpoint', 'smollm2-niah', 'Shipped weights
 _DOCUMENT = flags.DEFINE_string('document', None, 'UTF-8 text file.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the adapter.', required=True)
 _FORMAT = flags.DEFINE_enum('format', 'peft', ['peft'], 'Layout of the adapter.')
+_QUANTIZATION = flags.DEFINE_enum(
+    'base_quantization',
+    None,
+    ['none', 'int8', 'int4'],
+    'Of the frozen base model; default: as in the training.',
+)
 _ITERATIVE = flags.DEFINE_bool('iterative', False, 'Less memory, slower.')
 
 
@@ -28,7 +34,7 @@ def main(_):
     from d2l.internalize import Internalizer
     from hyperlora import adapters, trained
 
-    model = trained.load(_CHECKPOINT.value)
+    model = trained.load(_CHECKPOINT.value, quantization=_QUANTIZATION.value)
     tokens = model.hypernetwork.encoder.tokenizer.encode(text)
     internalizer = Internalizer(model, _ITERATIVE.value)
     start = time.perf_counter()

@@ -1,6 +1,7 @@
 """Asks the base model a question with an adapter from launch.adapt; prints the answer.
 
 python -m launch.ask --adapter=DIR --question=TEXT [--max_new_tokens=64] [--base=NAME_OR_DIR]
+    [--base_quantization=int8]
 """
 
 from absl import flags
@@ -10,6 +11,9 @@ from launch import cli
 _ADAPTER = flags.DEFINE_string('adapter', None, 'Folder of the adapter.', required=True)
 _QUESTION = flags.DEFINE_string('question', None, 'What to ask.', required=True)
 _BASE = flags.DEFINE_string('base', None, 'Base model; default: the one the adapter names.')
+_QUANTIZATION = flags.DEFINE_enum(
+    'base_quantization', 'none', ['none', 'int8', 'int4'], 'Of the frozen base model.'
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 64, 'Limit of the answer.', lower_bound=1)
 
 
@@ -20,7 +24,7 @@ def main(_):
     from hyperlora import generation
     from hyperlora.models.base import load_base
 
-    base = load_base(_BASE.value or name)
+    base = load_base(_BASE.value or name, quantization=_QUANTIZATION.value)
     lora = adapters.load(_ADAPTER.value, base.config, base.fingerprint)
     prompt = base.tokenizer.prompt(_QUESTION.value)
     print(generation.answer(base, [prompt], _MAX_NEW_TOKENS.value, lora)[0])

@@ -59,11 +59,14 @@ def doc_to_lora(checkpoint: dict, state: StateDict, base, encoder: str, dtype: s
     from d2l import build, upstream
     from d2l.context_encoders import text_config
     from hyperlora.models.base import load_params
-    from hyperlora.models.weights import fingerprint
 
-    reader, params = load_params(encoder, images=True) if encoder else (None, None)
+    reader, _, fingerprint = load_params(encoder, images=True) if encoder else (None,) * 3
     config = upstream.config_from_upstream(checkpoint, base, reader and text_config(reader))
-    config['hypernetwork']['encoder'] |= {'model': encoder, 'dtype': dtype}
+    config['hypernetwork']['encoder'] |= {
+        'model': encoder,
+        'dtype': dtype,
+        'quantization': 'none',
+    }
     module = build.make_module(ConfigDict(config['hypernetwork']), base, reader or base)
     entries = base.num_layers if module.config.layer_to_layer else 1
     return Converted(
@@ -71,7 +74,7 @@ def doc_to_lora(checkpoint: dict, state: StateDict, base, encoder: str, dtype: s
         module,
         upstream.params_from_upstream(state, module.config),
         (jnp.zeros((1, entries, 8, module.config.feature_width)), jnp.ones((1, 8), bool)),
-        fingerprint(params) if encoder else None,
+        fingerprint,
     )
 
 
@@ -132,7 +135,6 @@ def convert(
     from hyperlora import torch_files
     from hyperlora.errors import UserError
     from hyperlora.models.base import load_params
-    from hyperlora.models.weights import fingerprint
     from hyperlora.trained import differences
 
     path = pathlib.Path(source)
@@ -140,8 +142,7 @@ def convert(
         names = ('pytorch_model.bin', 'hypermod.pt')
         path = next((path / name for name in names if (path / name).is_file()), path)
     loaded = torch_files.load(path)
-    base_config, params = load_params(base)
-    base_fingerprint = fingerprint(params)
+    base_config, _, base_fingerprint = load_params(base)
     try:
         state = StateDict({k: v for k, v in loaded.items() if hasattr(v, 'shape')})
         if 'hypernet_config' in loaded:
@@ -159,7 +160,7 @@ def convert(
     if wrong:
         raise UserError(f'{path}: the tensors do not fit the settings: {", ".join(wrong)}')
     return done.params, {
-        'config': {'base': base, 'base_dtype': dtype, **done.config},
+        'config': {'base': base, 'base_dtype': dtype, 'base_quantization': 'none', **done.config},
         'base_fingerprint': base_fingerprint,
         'encoder_fingerprint': done.encoder_fingerprint or base_fingerprint,
     }

@@ -30,7 +30,7 @@ def base():
     load = functools.cache(base_models.load_base)
     with pytest.MonkeyPatch.context() as patch:
         for module in (base_models, trained):
-            patch.setattr(module, 'load_base', lambda name, *_: load(name))
+            patch.setattr(module, 'load_base', lambda name, *_, **__: load(name))
         yield load('smollm2')
 
 

@@ -74,7 +74,7 @@ def test_text_to_lora(case, tmp_path):
     # Through the file, as a user would.
     checkpointing.export(tmp_path / 'out', params, record, 'float32')
     params, record = checkpointing.load_export(tmp_path / 'out')
-    decoder = load_params(base)
+    decoder = load_params(base)[:2]
     module = t2l.build.make_module(ConfigDict(record['config']['hypernetwork']), decoder[0])
     recon = 'all_embs/encoded_task_emb' in arrays
     tasks = [f'in/t{i}/task_embs' for i in range(2)] if recon else ['in/task_embs']
@@ -115,8 +115,8 @@ def test_doc_to_lora(case, tmp_path):
     )
     checkpointing.export(tmp_path / 'out', params, record, 'float32')
     params, record = checkpointing.load_export(tmp_path / 'out')
-    decoder = load_params(base)
-    reader = load_params(encoder, images=True) if encoder else decoder
+    decoder = load_params(base)[:2]
+    reader = load_params(encoder, images=True)[:2] if encoder else decoder
     config = ConfigDict(record['config']['hypernetwork'])
     module = d2l.build.make_module(config, decoder[0], reader[0])
     count = decoder[0].num_layers if module.config.layer_to_layer else config.encoder.num_layers
@@ -150,7 +150,7 @@ def test_doc_to_lora_of_an_image():
         find('d2l_ctx_gemma3_mm', 'config.json'),
     )
     params, record = convert(source, base, encoder, dtype='float32')
-    decoder, reader = load_params(base), load_params(encoder, images=True)
+    decoder, reader = load_params(base)[:2], load_params(encoder, images=True)[:2]
     config = ConfigDict(record['config']['hypernetwork'])
     module = d2l.build.make_module(config, decoder[0], reader[0])
     features = per_layer_activations(

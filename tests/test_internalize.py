@@ -101,7 +101,7 @@ def test_another_model_may_read_the_documents(monkeypatch):
             return super().encode(text.upper())
 
     reader = dataclasses.replace(tiny_base(1), tokenizer=Shouting(), fingerprint='reader')
-    monkeypatch.setattr(build, 'load_encoder', lambda name, dtype, mesh: reader)
+    monkeypatch.setattr(build, 'load_encoder', lambda *_: reader)
     built = hypernetwork.build(config.hypernetwork, base)
     assert built.encoder is reader
     params = nn.unbox(jax.jit(built.init)(jax.random.key(0), reader.params))

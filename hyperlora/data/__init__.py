@@ -13,6 +13,7 @@ from hyperlora.models.base import BaseModel
 
 _BUILDERS = {
     'niah': 'd2l.niah:build',
+    'tasks': 't2l.data:build',
 }
 
 

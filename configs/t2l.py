@@ -1,0 +1,165 @@
+"""Text-to-LoRA: a sentence specialises the model (arXiv 2506.06105).
+
+    python -m launch.train --config=configs/t2l.py:smollm2,TASKS --workdir=DIR
+
+TASKS is a folder of tasks, a JSON file each; without it the generated tasks alone are trained on.
+Variants: `smollm2` (two CPU cores), `gemma2_2b`, `mistral_7b`, `llama3_8b` (the published
+settings), `tiny` (seconds; for tests).
+"""
+
+from ml_collections import ConfigDict
+
+from hyperlora.errors import UserError
+
+# Never trained on in any form; for each there are relatives that are.
+HELD_OUT = {
+    'json': (
+        'fv_alphabetically_first_3',
+        'fv_alphabetically_first_5',
+        'fv_capitalize_second_letter',
+        'fv_choose_middle_of_3',
+        'fv_choose_middle_of_5',
+        'fv_object_v_concept_3',
+        'fv_object_v_concept_5',
+        'fv_verb_v_adjective_3',
+        'ii_letters_list',
+        'ii_negation',
+        'ii_translation_en_es',
+    ),
+    'generated': (
+        'country_in_german',
+        'last_letter',
+        'minutes_of_time',
+        'odd_numbers',
+        'pick_garment',
+        'pick_vehicle',
+        'previous_month',
+        'second_word',
+        'sentence_object',
+        'smallest_number',
+        'surname',
+    ),
+}
+
+
+def get_config(argument: str = 'smollm2') -> ConfigDict:
+    """The config of a variant, and of a folder of tasks after a comma.
+
+    Raises:
+      UserError: no such variant.
+    """
+    variant, _, folder = argument.partition(',')
+    variants = {
+        'smollm2': _smollm2,
+        'tiny': _tiny,
+        'gemma2_2b': lambda: _published('gemma2_2b'),
+        'mistral_7b': lambda: _published('mistral_7b'),
+        'llama3_8b': lambda: _published('llama3_8b'),
+    }
+    if variant not in variants:
+        raise UserError(f'unknown variant {variant!r} of t2l; known: {", ".join(variants)}')
+    config = variants[variant]()
+    config.data.sources = _sources(folder)
+    return config
+
+
+def _sources(folder: str) -> tuple[dict, ...]:
+    generated = {'reader': 'generated', 'held_out': HELD_OUT['generated']}
+    if not folder:
+        return (generated,)
+    return ({'reader': 'json', 'path': folder, 'held_out': HELD_OUT['json']}, generated)
+
+
+def _published(base: str) -> ConfigDict:
+    """The settings of the paper, L."""
+    steps = 160_000
+    return ConfigDict(
+        {
+            'name': 't2l',
+            'base': base,
+            'base_dtype': 'bfloat16',
+            'base_quantization': 'none',
+            'seed': 0,
+            'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
+            'remat': 'full',
+            'neftune': 5.0,
+            'groups': 8,
+            'accumulate': 1,
+            'log_every': 10,
+            'checkpoint_every': 500,
+            'keep_checkpoints': 2,
+            'hypernetwork': {
+                'name': 'text_to_lora',
+                'embedder': 'Alibaba-NLP/gte-large-en-v1.5',
+                'modules': ('q_proj', 'v_proj'),
+                'shape': {
+                    'rank': 8,
+                    'scaling': 16 / 8**0.5,
+                    'embedding_width': 1024,
+                    'latent_size': 128,
+                    'head_width': 512,
+                    'encoder': 'linear',
+                    'shared_head': False,
+                    'per_rank': False,
+                    'head_init': 'lora',
+                },
+            },
+            'objective': {'name': 'cross_entropy', 'label_smoothing': 0.1, 'l2': 1e-3},
+            'optimizer': {
+                'learning_rate': 2.5e-5,
+                'end_learning_rate': 1e-7,
+                'warmup_steps': steps // 5,
+                'steps': steps,
+                'weight_decay': 0.001,
+                'b1': 0.9,
+                'b2': 0.999,
+                'clip_norm': 1.0,
+            },
+            'data': {
+                'name': 'tasks',
+                'steps': steps,
+                'tasks_per_group': 1,
+                'examples_per_task': 1,
+                'max_tokens': 512,
+                'sources': (),
+            },
+        }
+    )
+
+
+def _smollm2() -> ConfigDict:
+    config = _published('smollm2')
+    config.base_dtype = 'float32'
+    config.remat = 'none'
+    config.log_every = 10
+    config.checkpoint_every = 50
+    config.hypernetwork.embedder = 'minilm'
+    config.hypernetwork.modules = ('down_proj', 'o_proj', 'q_proj', 'v_proj')
+    config.hypernetwork.shape.update(
+        {'embedding_width': 384, 'latent_size': 256, 'head_width': 384, 'scaling': 2 * 8**0.5}
+    )
+    config.objective.label_smoothing = 0.0
+    config.data.update({'examples_per_task': 4, 'max_tokens': 40})
+    _steps(config, 2000)
+    config.optimizer.update(
+        {'learning_rate': 2.5e-4, 'end_learning_rate': 2.5e-6, 'warmup_steps': 50, 'b2': 0.98}
+    )
+    return config
+
+
+def _tiny() -> ConfigDict:
+    """A few steps of a small hypernetwork on the real base model."""
+    config = _smollm2()
+    config.hypernetwork.modules = ('q_proj',)
+    config.hypernetwork.shape.update({'latent_size': 16, 'head_width': 16})
+    config.groups = 2
+    config.data.examples_per_task = 2
+    _steps(config, 6)
+    config.optimizer.warmup_steps = 1
+    config.log_every = 1
+    config.checkpoint_every = 2
+    return config
+
+
+def _steps(config: ConfigDict, steps: int) -> None:
+    config.optimizer.steps = config.data.steps = steps

@@ -1,0 +1,96 @@
+"""Weight-only quantization of the frozen base model, by qwix.
+
+A quantized parameter is a `qwix.QArray`, a pytree of integers and scales that stands where the
+array stood: it is sharded, scanned over and indexed like it. Computation keeps its dtype, which is
+that of the scales.
+
+Axes: l layers, i input, o output width, v vocabulary, d width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import qwix
+
+from hyperlora.errors import UserError
+
+# kind: (type of the kernels, how many inputs share a scale; None for all)
+KINDS = {'none': None, 'int8': (jnp.int8, None), 'int4': (jnp.int4, 32)}
+
+
+def quantize(path: str, array: jax.Array, kind: str) -> jax.Array | qwix.QArray:
+    """One parameter of a decoder, quantized if it is a kernel or an embedding.
+
+    Kernels `[l, i, o]` have scales per output channel, and per 32 inputs in int4; embeddings
+    `[v, d]` are int8 with a scale per token, which serves looking up and unembedding alike. Norms,
+    biases and the eyes of a model stay as they are.
+
+    Args:
+      path: e.g. 'layers/mlp/up_proj/kernel'.
+      kind: a key of `KINDS`.
+
+    Raises:
+      UserError: int4, and the input width is no multiple of 32.
+    """
+    if path.endswith('embedding'):
+        return _quantize(array, jnp.int8, (0,), None)
+    if not (path.startswith('layers/') and path.endswith('kernel')):
+        return array
+    qtype, block = KINDS[kind]
+    if block and array.shape[1] % block:
+        raise UserError(
+            f'{kind} needs input widths that are multiples of {block}, not {array.shape[1]} '
+            f'({path}); use int8'
+        )
+    return _quantize(array, qtype, (0, 2), block)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize(array, qtype, channelwise_axes, block):
+    tiles = {1: block} if block else None
+    return qwix.quantize(
+        array.astype(jnp.float32),
+        qtype,
+        channelwise_axes=channelwise_axes,
+        tiled_axes=tiles,
+        scale_dtype=array.dtype,
+    )
+
+
+def product(
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    weight: jax.Array | qwix.QArray,
+) -> jax.Array:
+    """`function(x, weight)`, the weight dequantized.
+
+    The backward pass dequantizes again: else the weights of all layers would wait for it.
+    """
+    if not isinstance(weight, qwix.QArray):
+        return function(x, weight)
+    dequantized = jax.checkpoint(lambda x, w: function(x, qwix.dequantize(w)), prevent_cse=False)
+    return dequantized(x, weight)
+
+
+def rows(table: jax.Array | qwix.QArray, tokens: jax.Array) -> jax.Array:
+    """Embeddings of tokens: `[v, d]` and `[...]` -> `[..., d]`."""
+    found = table[tokens]
+    return qwix.dequantize(found) if isinstance(found, qwix.QArray) else found
+
+
+def check_unquantized(params: Any) -> None:
+    """Refuses quantized parameters where their values are to be written.
+
+    Raises:
+      UserError: one is quantized.
+    """
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, qwix.QArray))
+    if any(isinstance(x, qwix.QArray) for x in leaves):
+        raise UserError(
+            'a quantized base model cannot be merged or saved; load it without quantization'
+        )
