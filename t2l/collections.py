@@ -125,7 +125,7 @@ def collect(config: ConfigDict) -> Collection:
 
     Raises:
       UserError: unknown reader or argument, a held-out task that is not there, two tasks of one
-        name, a task without a description, or a held-out task that is trained on under another
+        name, a task without a description or examples, or a held-out task that is trained on under another
         name.
     """
     train: dict[str, Task] = {}
@@ -159,6 +159,8 @@ def collect(config: ConfigDict) -> Collection:
                     f'task {task.name!r} of {task.source} has no description: add some to '
                     "'descriptions' in its file"
                 )
+            if not task.test or not (task.train or task.name in names):
+                raise UserError(f'task {task.name!r} of {task.source} lacks train or test examples')
             (held_out if task.name in names else train)[task.name] = task
     for same in SAME_TASK:
         if same & train.keys() and same & held_out.keys():

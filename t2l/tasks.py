@@ -276,7 +276,8 @@ def _read_instructions(file: pathlib.Path) -> Task:
     positive = field(entry, 'Positive Examples', list, str(file))
     test = check_examples(instances[:100], f'{file}: Instances')
     taken = {example.input: example.outputs for example in test}
-    train = check_examples([*positive, *instances[100:]], f'{file}: positive + later', taken)
+    train = check_examples(positive, f'{file}: Positive Examples', taken)
+    train += check_examples(instances[100:], f'{file}: Instances[100:]', taken)
     return Task(
         file.stem,
         'Super-NaturalInstructions',

@@ -624,6 +624,9 @@ def test_collect(tmp_path):
         collection(some, some)
     with pytest.raises(UserError, match='largest_number held out, but larger_of_pair trained on'):
         collection({'reader': 'generated', 'held_out': ('largest_number',)})
+    write(tmp_path / 'opposites.json', json_task(train=[]))
+    with pytest.raises(UserError, match="task 'opposites' of made up lacks train or test"):
+        collection({'reader': 'json', 'path': str(tmp_path)})
     write(tmp_path / 'opposites.json', json_task(descriptions=[]))
     with pytest.raises(UserError, match="task 'opposites' of made up has no description"):
         collection({'reader': 'json', 'path': str(tmp_path)})
