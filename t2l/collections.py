@@ -125,8 +125,8 @@ def collect(config: ConfigDict) -> Collection:
 
     Raises:
       UserError: unknown reader or argument, a held-out task that is not there, two tasks of one
-        name, a task without a description or examples, or a held-out task that is trained on under another
-        name.
+        name, a task without a description or examples, or a held-out task that is trained on
+        under another name.
     """
     train: dict[str, Task] = {}
     held_out: dict[str, Task] = {}
