@@ -28,6 +28,8 @@ setuptools.setup(
         'flax>=0.12,<0.13',
         'gguf',
         'grain',
+        # tensorflow-datasets imports it without asking for it.
+        'importlib-resources',
         'jax>=0.10,<0.11',
         'jinja2',
         'matplotlib',

@@ -2,7 +2,7 @@
 
 Tasks of one domain get exactly the same inputs, split in the same way, so that nothing but the
 description tells them apart. Facts come from babel (names in languages), pycountry (codes),
-inflect (English) and num2words (numbers in words).
+inflect (English) and num2words (numbers in words); another version of these may know other facts.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -53,6 +53,22 @@ class Task:
     test_descriptions: tuple[str, ...]
     train: Sequence[Example]
     test: Sequence[Example]
+
+
+class MappedExamples(Sequence[Example]):
+    """Examples made from the records of a data source when asked for."""
+
+    def __init__(self, source: Sequence[Any], example: Callable[[Any], Example]):
+        self._source, self._example = source, example
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._example(self._source[index])
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
 
 
 # ---------------------------------------------------------------------------------- checks
@@ -225,4 +241,115 @@ def _read_json_task(file: pathlib.Path) -> Task:
     return Task(name, source, license_, **describe(name, given), train=train, test=test)
 
 
-READERS: dict[str, Callable[..., list[Task]]] = {'json': read_json}
+def read_natural_instructions(path: str, split: str = '') -> list[Task]:
+    """Tasks of a checkout of Super-NaturalInstructions.
+
+    The first 100 instances are for testing, as in its own evaluation; the others and the positive
+    examples are for training.
+
+    Args:
+      split: a list of tasks in the checkout's `splits`, such as 'default/train_tasks'; all tasks if
+        empty.
+
+    Raises:
+      UserError: a file that is not of that format, or no such split.
+    """
+    root = pathlib.Path(path).expanduser()
+    if not split:
+        return [_read_instructions(file) for file in _files(f'{root}/tasks', 'task*.json')]
+    names = root / 'splits' / f'{split}.txt'
+    if not names.is_file():
+        raise UserError(f'{names}: no such split')
+    return [
+        _read_instructions(root / 'tasks' / f'{name}.json')
+        for name in names.read_text(encoding='utf-8').split()
+    ]
+
+
+def _read_instructions(file: pathlib.Path) -> Task:
+    entry = parse(file)
+    # Old revisions give the definition as a text, new ones as a list.
+    definition = field(entry, 'Definition', (str, list), str(file))
+    definition = [definition] if isinstance(definition, str) else definition
+    given = check_descriptions(definition, f'{file}: Definition')
+    instances = field(entry, 'Instances', list, str(file))
+    positive = field(entry, 'Positive Examples', list, str(file))
+    test = check_examples(instances[:100], f'{file}: Instances')
+    taken = {example.input: example.outputs for example in test}
+    train = check_examples(positive, f'{file}: Positive Examples', taken)
+    train += check_examples(instances[100:], f'{file}: Instances[100:]', taken)
+    return Task(
+        file.stem,
+        'Super-NaturalInstructions',
+        ', '.join(entry.get('Instance License', ['unknown'])),
+        **describe(file.stem, given),
+        train=train,
+        test=test,
+    )
+
+
+def read_text_to_lora(
+    path: str, instructions: str, names: tuple[str, ...] = (), test_descriptions: int = 0
+) -> list[Task]:
+    """Tasks of a checkout of Text-to-LoRA whose data sets are Super-NaturalInstructions tasks.
+
+    `tasks/NAME/metadata.yaml` gives descriptions, a prompt template and the data set; prompts are
+    made as there, so they include the definition of the task where the template does.
+
+    Args:
+      instructions: the checkout of Super-NaturalInstructions.
+      names: which tasks; all those named `lol_*` if empty.
+      test_descriptions: how many of the descriptions, from the end, are kept for testing.
+
+    Raises:
+      UserError: malformed metadata, or no data set of that name.
+    """
+    root = pathlib.Path(path).expanduser() / 'tasks'
+    files = [root / name / 'metadata.yaml' for name in names]
+    files = files or _files(str(root), 'lol_*/metadata.yaml')
+    data = pathlib.Path(instructions).expanduser() / 'tasks'
+    return [_read_metadata(file, data, test_descriptions) for file in files]
+
+
+def _read_metadata(file: pathlib.Path, data: pathlib.Path, test_descriptions: int) -> Task:
+    entry = parse(file)
+    place = str(file)
+    given = check_descriptions(field(entry, 'descriptions', list, place), f'{place}: descriptions')
+    if not 0 <= test_descriptions < len(given):
+        raise UserError(
+            f'{place}: {len(given)} descriptions, of which {test_descriptions} for test'
+        )
+    template = field(entry, 'user_prompt_template', str, place)
+    dataset = field(field(entry, 'ds_kwargs', dict, place), 'path', str, place)
+    source = data / f'{dataset.split("/")[-1]}.json'
+    if not source.is_file():
+        raise UserError(f'{place}: its data set {dataset!r} is not at {source}')
+    task = _read_instructions(source)
+    definition = (task.descriptions + task.test_descriptions)[0]
+
+    def prompts(examples):
+        try:
+            return tuple(
+                Example(template.format(task_def=definition, problem=e.input), e.outputs)
+                for e in examples
+            )
+        except (KeyError, IndexError, ValueError) as error:
+            raise UserError(f'{place}: user_prompt_template: unknown field {error}') from error
+
+    count = len(given) - test_descriptions
+    return Task(
+        file.parent.name,
+        f'Text-to-LoRA, {dataset}',
+        task.license,
+        given[:count],
+        given[count:],
+        prompts(task.train),
+        prompts(task.test),
+    )
+
+
+READERS: dict[str, Callable[..., list[Task]]] = {
+    'json': read_json,
+    'natural_instructions': read_natural_instructions,
+    'text_to_lora': read_text_to_lora,
+}

@@ -1,0 +1,108 @@
+"""Tasks as ArrayRecord files, written by a tfds builder and read at random by grain.
+
+For collections too large for memory: the examples of a task that was read from records are a
+data source that `grain.MapDataset.source` takes and that worker processes can copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from hyperlora.errors import UserError
+from t2l.tasks import Example, MappedExamples, Task
+
+
+@dataclasses.dataclass(eq=False)
+class TaskConfig(tfds.core.BuilderConfig):
+    """The task that a builder writes."""
+
+    task: Task | None = dataclasses.field(default=None, repr=False)
+
+
+class TextTask(tfds.core.GeneratorBasedBuilder):
+    """One text task: splits `train` and `test` of {input, outputs}; the rest is metadata."""
+
+    VERSION = tfds.core.Version('1.0.0')
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        task = self.builder_config.task
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=task.descriptions[0] if task.descriptions else '',
+            features=tfds.features.FeaturesDict(
+                {
+                    'input': tfds.features.Text(),
+                    'outputs': tfds.features.Sequence(tfds.features.Text()),
+                }
+            ),
+            metadata=tfds.core.MetadataDict(
+                name=task.name,
+                source=task.source,
+                license=task.license,
+                descriptions=list(task.descriptions),
+                test_descriptions=list(task.test_descriptions),
+            ),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        task = self.builder_config.task
+        return {
+            'train': self._generate_examples(task.train),
+            'test': self._generate_examples(task.test),
+        }
+
+    def _generate_examples(self, examples: Iterable[Example]) -> Iterator:
+        for i, example in enumerate(examples):
+            yield i, {'input': example.input, 'outputs': list(example.outputs)}
+
+
+def write_records(tasks: Iterable[Task], path: str) -> None:
+    """Writes each task to `path/text_task/NAME`; a task appears there only when complete.
+
+    Raises:
+      UserError: a task is there already.
+    """
+    tfds.disable_progress_bar()
+    for task in tasks:
+        config = TaskConfig(name=task.name, task=task)
+        builder = TextTask(config=config, data_dir=path, file_format='array_record')
+        if builder.data_path.exists():
+            raise UserError(f'{builder.data_path}: already there; remove it or write elsewhere')
+        builder.download_and_prepare()
+
+
+def _example(record: dict[str, Any]) -> Example:
+    return Example(record['input'].decode(), tuple(text.decode() for text in record['outputs']))
+
+
+def read_records(path: str) -> list[Task]:
+    """The tasks that `write_records` left in a folder, in order of name.
+
+    Raises:
+      UserError: none.
+    """
+    root = pathlib.Path(path).expanduser() / 'text_task'
+    folders = sorted(info.parent for info in root.glob('*/*/dataset_info.json'))
+    if not folders:
+        raise UserError(f'{root}: no records of tasks there')
+    return [_read(str(folder)) for folder in folders]
+
+
+def _read(folder: str) -> Task:
+    builder = tfds.builder_from_directory(folder)
+    metadata = builder.info.metadata
+    return Task(
+        metadata['name'],
+        metadata['source'],
+        metadata['license'],
+        tuple(metadata['descriptions']),
+        tuple(metadata['test_descriptions']),
+        MappedExamples(builder.as_data_source('train'), _example),
+        MappedExamples(builder.as_data_source('test'), _example),
+    )

@@ -1,0 +1,657 @@
+"""Text tasks: readers, descriptions, generated tasks, collections."""
+
+import json
+import os
+import pathlib
+import pickle
+import re
+
+import grain
+import pytest
+import tensorflow_datasets as tfds
+import yaml
+from ml_collections import ConfigDict
+
+from hyperlora.errors import UserError
+from t2l import benchmarks, generated, records, tasks
+from t2l.collections import HELD_OUT, SAME_TASK, collect
+from t2l.tasks import Example
+
+# Worked by hand: task | input | output.
+WORKED = """
+uppercase | river | RIVER
+uppercase | go | GO
+capitalize_word | river | River
+capitalize_word | ant | Ant
+first_letter | garden | g
+first_letter | owl | o
+last_letter | garden | n
+last_letter | owl | l
+first_three_letters | garden | gar
+first_three_letters | owl | owl
+drop_first_letter | garden | arden
+drop_first_letter | owl | wl
+drop_last_letter | garden | garde
+drop_last_letter | owl | ow
+count_letters | garden | 6
+count_letters | strawberry | 10
+count_vowels | strawberry | 2
+count_vowels | eagle | 3
+remove_vowels | strawberry | strwbrry
+remove_vowels | eagle | gl
+reverse_letters | garden | nedrag
+reverse_letters | owl | lwo
+spell_with_hyphens | owl | o-w-l
+spell_with_hyphens | moth | m-o-t-h
+pig_latin | glove | oveglay
+pig_latin | apple | appleway
+first_word | red fox jumps | red
+first_word | pen ink | pen
+second_word | red fox jumps | fox
+second_word | pen ink | ink
+last_word | red fox jumps | jumps
+last_word | pen ink paper | paper
+longest_word | red fox jumps | jumps
+longest_word | elephant ant bee | elephant
+shortest_word | green ox jumps | ox
+shortest_word | a bull cow | a
+count_words | red fox jumps | 3
+count_words | one two three four five | 5
+reverse_words | red fox jumps | jumps fox red
+reverse_words | a b c d | d c b a
+sort_words | red fox jumps | fox jumps red
+sort_words | pan pen ant | ant pan pen
+drop_first_word | red fox jumps | fox jumps
+drop_first_word | a b c d | b c d
+swap_first_and_last_word | red fox jumps | jumps fox red
+swap_first_and_last_word | a b c d | d b c a
+acronym | red fox jumps | RFJ
+acronym | light gray old hat | LGOH
+snake_case | red fox jumps | red_fox_jumps
+snake_case | pen ink | pen_ink
+repeated_word | pen, fox, owl, fox | fox
+repeated_word | owl, owl, pen, cup | owl
+remove_repetition | pen, fox, owl, fox | pen, fox, owl
+remove_repetition | owl, owl, pen, cup | owl, pen, cup
+pick_animal | taxi, plum, nurse, horse, shirt | horse
+pick_animal | owl, train, lemon, scarf, judge | owl
+pick_fruit | taxi, plum, nurse, horse, shirt | plum
+pick_fruit | owl, train, lemon, scarf, judge | lemon
+pick_vehicle | taxi, plum, nurse, horse, shirt | taxi
+pick_vehicle | owl, train, lemon, scarf, judge | train
+pick_garment | taxi, plum, nurse, horse, shirt | shirt
+pick_garment | owl, train, lemon, scarf, judge | scarf
+pick_job | taxi, plum, nurse, horse, shirt | nurse
+pick_job | owl, train, lemon, scarf, judge | judge
+is_animal | horse | yes
+is_animal | hammer | no
+kind_of_thing | elbow | body part
+kind_of_thing | dentist | job
+plural | mouse | mice
+plural | berry | berries
+with_article | owl | an owl
+with_article | uniform | a uniform
+count_with_noun | 1 x knife | 1 knife
+count_with_noun | 4 x knife | 4 knives
+count_in_words_with_noun | 1 x fox | one fox
+count_in_words_with_noun | 12 x goose | twelve geese
+past_tense | carry | carried
+past_tense | swim | swam
+past_tense | hug | hugged
+ing_form | swim | swimming
+ing_form | make | making
+ing_form | tie | tying
+third_person | carry | carries
+third_person | watch | watches
+third_person | play | plays
+comparative | big | bigger
+comparative | easy | easier
+comparative | wise | wiser
+superlative | big | biggest
+superlative | easy | easiest
+superlative | cheap | cheapest
+adverb | gentle | gently
+adverb | easy | easily
+adverb | safe | safely
+sentence_subject | The fox sees the nurse. | fox
+sentence_subject | The judge teaches the owl. | judge
+sentence_object | The fox sees the nurse. | nurse
+sentence_object | The judge teaches the owl. | owl
+sentence_to_past | The fox sees the nurse. | The fox saw the nurse.
+sentence_to_past | The judge teaches the owl. | The judge taught the owl.
+sentence_to_future | The fox sees the nurse. | The fox will see the nurse.
+sentence_to_future | The judge teaches the owl. | The judge will teach the owl.
+sentence_to_negation | The fox sees the nurse. | The fox does not see the nurse.
+sentence_to_negation | The judge teaches the owl. | The judge does not teach the owl.
+sentence_to_question | The fox sees the nurse. | Does the fox see the nurse?
+sentence_to_question | The judge teaches the owl. | Does the judge teach the owl?
+sentence_to_passive | The fox sees the nurse. | The nurse is seen by the fox.
+sentence_to_passive | The judge teaches the owl. | The owl is taught by the judge.
+swap_subject_and_object | The fox sees the nurse. | The nurse sees the fox.
+swap_subject_and_object | The judge teaches the owl. | The owl teaches the judge.
+given_name | Ada Stone | Ada
+given_name | Leo Ward | Leo
+surname | Ada Stone | Stone
+surname | Leo Ward | Ward
+initials | Ada Stone | A.S.
+initials | Leo Ward | L.W.
+surname_first | Ada Stone | Stone, Ada
+surname_first | Leo Ward | Ward, Leo
+email_address | Ada Stone | ada.stone@example.com
+email_address | Leo Ward | leo.ward@example.com
+user_name | Ada Stone | astone
+user_name | Leo Ward | lward
+file_extension | /home/leo/plan.txt | txt
+file_extension | /srv/ada/song.mp3 | mp3
+file_stem | /home/leo/plan.txt | plan
+file_stem | /srv/ada/song.mp3 | song
+containing_folder | /home/leo/plan.txt | leo
+containing_folder | /srv/ada/song.mp3 | ada
+largest_number | 7, 30, 12 | 30
+largest_number | 99, 8, 45, 61 | 99
+smallest_number | 7, 30, 12 | 7
+smallest_number | 99, 8, 45, 61 | 8
+first_number | 7, 30, 12 | 7
+first_number | 99, 8, 45, 61 | 99
+sort_ascending | 7, 30, 12 | 7, 12, 30
+sort_ascending | 99, 8, 45, 61 | 8, 45, 61, 99
+sort_descending | 7, 30, 12 | 30, 12, 7
+sort_descending | 99, 8, 45, 61 | 99, 61, 45, 8
+even_numbers | 7, 30, 12 | 30, 12
+even_numbers | 99, 8, 45, 61 | 8
+odd_numbers | 7, 30, 12 | 7
+odd_numbers | 99, 8, 45, 61 | 99, 45, 61
+sum_of_pair | 7 and 30 | 37
+sum_of_pair | 48 and 5 | 53
+difference_of_pair | 7 and 30 | 23
+difference_of_pair | 48 and 5 | 43
+larger_of_pair | 7 and 30 | 30
+larger_of_pair | 48 and 5 | 48
+comparison_sign | 7 and 30 | <
+comparison_sign | 48 and 5 | >
+next_term | 5, 9, 13, 17 | 21
+next_term | 90, 91, 92, 93 | 94
+step_of_progression | 5, 9, 13, 17 | 4
+step_of_progression | 90, 91, 92, 93 | 1
+successor | 199 | 200
+successor | 10 | 11
+predecessor | 200 | 199
+predecessor | 11 | 10
+last_digit | 340 | 0
+last_digit | 57 | 7
+ordinal_suffix | 22 | 22nd
+ordinal_suffix | 113 | 113th
+roman_numeral | 49 | XLIX
+roman_numeral | 198 | CXCVIII
+number_in_french | 80 | quatre-vingts
+number_in_french | 16 | seize
+number_in_german | 21 | einundzwanzig
+number_in_german | 60 | sechzig
+number_in_spanish | 16 | dieciséis
+number_in_spanish | 45 | cuarenta y cinco
+number_in_english | 16 | sixteen
+number_in_english | 105 | one hundred and five
+year_of_date | 2021-03-05 | 2021
+year_of_date | 1960-12-24 | 1960
+day_of_date | 2021-03-05 | 5
+day_of_date | 1960-12-24 | 24
+month_of_date | 2021-03-05 | March
+month_of_date | 1960-12-24 | December
+american_date | 2021-03-05 | 03/05/2021
+american_date | 1960-12-24 | 12/24/1960
+date_in_english | 2021-03-05 | March 5, 2021
+date_in_english | 1960-12-24 | December 24, 1960
+month_of_date_in_french | 2021-08-05 | août
+month_of_date_in_french | 1960-12-24 | décembre
+next_weekday | Sunday, 9 May | Monday
+next_weekday | Thursday, 1 January | Friday
+previous_weekday | Monday, 9 May | Sunday
+previous_weekday | Thursday, 1 January | Wednesday
+weekday_in_french | Sunday, 9 May | dimanche
+weekday_in_french | Thursday, 1 January | jeudi
+weekday_in_german | Sunday, 9 May | Sonntag
+weekday_in_german | Thursday, 1 January | Donnerstag
+is_weekend | Saturday, 9 May | yes
+is_weekend | Thursday, 1 January | no
+next_month | Sunday, 9 May | June
+next_month | Thursday, 1 December | January
+previous_month | Sunday, 9 May | April
+previous_month | Thursday, 1 January | December
+twelve_hour_clock | 00:05 | 12:05 AM
+twelve_hour_clock | 17:40 | 5:40 PM
+hour_of_time | 00:05 | 0
+hour_of_time | 17:40 | 17
+minutes_of_time | 00:05 | 05
+minutes_of_time | 17:40 | 40
+am_or_pm | 00:05 | AM
+am_or_pm | 12:00 | PM
+one_hour_later | 23:05 | 00:05
+one_hour_later | 17:40 | 18:40
+part_of_day | 05:59 | night
+part_of_day | 18:00 | evening
+country_code | Switzerland | CH
+country_code | Spain | ES
+currency_code_of_country | Japan | JPY
+currency_code_of_country | Spain | EUR
+country_in_french | Germany | Allemagne
+country_in_french | Spain | Espagne
+country_in_german | France | Frankreich
+country_in_german | Spain | Spanien
+language_code | German | de
+language_code | Welsh | cy
+language_in_french | German | allemand
+language_in_french | Welsh | gallois
+currency_code | Swiss Franc | CHF
+currency_code | Japanese Yen | JPY
+"""
+ROWS = [tuple(line.split(' | ')) for line in WORKED.strip().splitlines()]
+
+
+def shared_tasks():
+    """The folder of JSON tasks: $HYPERLORA_TASKS, or shared/data/tasks beside the checkout."""
+    places = [pathlib.Path(os.environ.get('HYPERLORA_TASKS', 'nowhere'))]
+    places += [parent / 'shared/data/tasks' for parent in pathlib.Path(__file__).parents]
+    found = next((str(place) for place in places if place.is_dir()), None)
+    return found or pytest.skip('no folder of JSON tasks; set HYPERLORA_TASKS')
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def examples(*pairs):
+    return [{'input': a, 'output': b} for a, b in pairs]
+
+
+def json_task(**changes):
+    task = {
+        'name': 'opposites',
+        'source': 'made up',
+        'license': 'MIT',
+        'descriptions': ['Say the opposite.', 'Negate.', 'Invert.', 'Contrary?'],
+        'train': examples(('up', 'down'), ('left', ['right', 'right-hand'])),
+        'test': examples(('in', 'out')),
+    }
+    return {key: value for key, value in (task | changes).items() if value is not None}
+
+
+# ---------------------------------------------------------------------------------- generated
+
+
+@pytest.mark.parametrize('name,text,output', ROWS, ids=[f'{r[0]}-{r[1]}' for r in ROWS])
+def test_generated_answer(name, text, output):
+    assert generated.RECIPES[name].answer(text) == output
+
+
+def test_every_generated_task_has_worked_examples():
+    counts = {name: sum(row[0] == name for row in ROWS) for name in generated.RECIPES}
+    assert {name: n for name, n in counts.items() if n < 2} == {}
+    assert len(generated.RECIPES) >= 60
+
+
+@pytest.mark.parametrize('name', generated.RECIPES)
+def test_generated_task(name):
+    task = generated.generate(name, seed=1, train=40, test=10)
+    train, test = ([e.input for e in split] for split in (task.train, task.test))
+    assert len(train) == 40 and len(test) == 10
+    assert len({*train, *test}) == 50
+    for example in (*task.train, *task.test):
+        assert example.input.strip() == example.input and '\n' not in example.input
+        assert example.output.strip() and len(example.output) <= 60
+    assert task == generated.generate(name, seed=1, train=40, test=10)
+    assert task.train != generated.generate(name, seed=2, train=40, test=10).train
+    # More training examples change neither the test nor the examples there were.
+    longer = generated.generate(name, seed=1, train=50, test=10)
+    assert longer.test == task.test and longer.train[:40] == task.train
+    assert len({e.output for e in task.train}) > 1
+
+
+def test_generated_siblings_share_inputs():
+    """So only the description can tell them apart; and no test input is trained on by a sibling."""
+    by_domain = {}
+    for name, recipe in generated.RECIPES.items():
+        task = generated.generate(name, train=100, test=20)
+        inputs = [[e.input for e in split] for split in (task.train, task.test)]
+        assert by_domain.setdefault(recipe.domain, inputs) == inputs
+    outputs = [tuple(e.output for e in generated.generate(n).test) for n in generated.RECIPES]
+    assert len(set(outputs)) == len(outputs)
+
+
+def test_generated_small_domain_and_unknown_name():
+    task = generated.generate('superlative')
+    assert len(task.test) == len(generated.DOMAINS['adjective']) // 5
+    assert len(task.train) + len(task.test) == len(generated.DOMAINS['adjective'])
+    with pytest.raises(UserError, match="unknown generated task 'nope'"):
+        generated.generate('nope')
+
+
+def test_words_are_of_one_kind():
+    words = [word for kind in generated._WORDS.values() for word in kind]
+    assert len(set(words)) == len(words)
+
+
+def test_verb_forms_follow_the_rules_of_doubling():
+    """inflect and our own rules agree on which verbs double their last consonant."""
+    for verb in generated.DOMAINS['verb']:
+        past = generated.RECIPES['past_tense'].answer(verb)
+        ing = generated.RECIPES['ing_form'].answer(verb)
+        if past.startswith(verb) and past.endswith('ed') and not verb.endswith(('e', 'y')):
+            assert past.removesuffix('ed') == ing.removesuffix('ing'), verb
+
+
+# ---------------------------------------------------------------------------------- descriptions
+
+
+def normal(text):
+    """A description without case, blanks and final marks."""
+    return re.sub(r'\s+', ' ', text.lower()).strip(' .?!:')
+
+
+def test_own_descriptions():
+    owner = {}
+    for path in tasks.DESCRIPTIONS.glob('*.yaml'):
+        train, test = tasks.own_descriptions(path.stem)
+        assert len(test) >= 4, path.stem
+        few = path.stem in benchmarks.BENCHMARKS or path.stem.startswith('ii_')
+        assert len(train) + len(test) >= (8 if few else 16), path.stem
+        for text in (*train, *test):
+            assert owner.setdefault(normal(text), path.stem) == path.stem, text
+    assert len(owner) == sum(
+        len(part)
+        for p in tasks.DESCRIPTIONS.glob('*.yaml')
+        for part in tasks.own_descriptions(p.stem)
+    )
+    assert generated.RECIPES.keys() <= set(owner.values())
+
+
+def test_descriptions_do_not_quote_test_examples():
+    for name in generated.RECIPES:
+        task = generated.generate(name)
+        texts = ' '.join((*task.descriptions, *task.test_descriptions))
+        # Words of a domain of words may stand in a description as what they mean.
+        quoted = [e.input for e in task.test if ' ' in e.input and e.input in texts]
+        assert not quoted, name
+
+
+def test_given_descriptions_are_split():
+    given = [f'number {i}' for i in range(9)]
+    train, test = tasks.split_descriptions(given)
+    assert test == ('number 3', 'number 7')
+    assert sorted(train + test) == given
+    few = tasks.describe('fv_antonym', given[:4])
+    many = tasks.describe('fv_antonym', given)
+    own = tasks.own_descriptions('fv_antonym')
+    assert few['descriptions'] == ('number 0', 'number 1', 'number 2', *own[0])
+    assert few['test_descriptions'] == ('number 3', *own[1])
+    assert many == {'descriptions': train, 'test_descriptions': test}
+
+
+# ---------------------------------------------------------------------------------- readers
+
+
+def test_read_json(tmp_path):
+    write(tmp_path / 'b.json', json_task())
+    write(tmp_path / 'a.json', json_task(name='other'))
+    other, task = tasks.read_json(str(tmp_path))
+    assert (other.name, task.name, task.source, task.license) == (
+        'other',
+        'opposites',
+        'made up',
+        'MIT',
+    )
+    assert task.train == (Example('up', ('down',)), Example('left', ('right', 'right-hand')))
+    assert task.train[1].output == 'right'
+    assert task.test == (Example('in', ('out',)),)
+    assert task.test_descriptions == ('Contrary?',)
+
+
+def test_read_json_joins_answers_and_keeps_test_inputs_apart(tmp_path):
+    file = write(
+        tmp_path / 'rhymes.json',
+        json_task(
+            train=examples(('cat', 'hat'), ('dog', 'log'), ('cat', 'bat'), ('sun', 'fun')),
+            test=examples(('sun', 'run'), ('sun', 'gun')),
+        ),
+    )
+    (task,) = tasks.read_json(file)
+    assert task.train == (Example('cat', ('hat', 'bat')), Example('dog', ('log',)))
+    assert task.test == (Example('sun', ('run', 'gun')),)
+
+
+@pytest.mark.parametrize(
+    'change,message',
+    [
+        ({'license': None}, r"bad\.json: no 'license'; found: name, source"),
+        ({'train': 'x'}, r"bad\.json: 'train' is of type str"),
+        ({'train': ['x']}, r"train\[0\]: expected a mapping with 'input', found str"),
+        ({'train': [{'input': 'x'}]}, r"train\[0\]: no 'output'"),
+        ({'train': examples(('a', 'b'), (' ', 'c'))}, r'train\[1\]: the input is empty'),
+        ({'train': examples(('a', ''))}, r"train\[0\]: an output must be text, found ''"),
+        ({'train': examples(('a', []))}, r'train\[0\]: an output must be text'),
+        (
+            {'train': examples(('a', 'b'), ('a', 'b'))},
+            r'train\[1\]: the same example as .*train\[0',
+        ),
+        ({'train': examples(('in', 'out'))}, r"train\[0\]: also a test example: 'in'"),
+        ({'descriptions': ['x', '']}, r'descriptions\[1\]: a description must be text'),
+        ({'descriptions': ['x', 'x ']}, r'descriptions\[1\]: the same description as \[0\]'),
+    ],
+)
+def test_read_json_bad(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        tasks.read_json(write(tmp_path / 'bad.json', json_task(**change)))
+
+
+def test_malformed_files(tmp_path):
+    with pytest.raises(UserError, match=r'x\.json, line 2: not JSON'):
+        tasks.read_json(write(tmp_path / 'x.json', '{"name": "x",\n oops}'))
+    with pytest.raises(UserError, match=r'x\.yaml, line 3: not YAML'):
+        tasks.parse(pathlib.Path(write(tmp_path / 'x.yaml', 'a:\n  - b\n  c: d: e\n')))
+    with pytest.raises(UserError, match=r'no \*\.json there'):
+        tasks.read_json(str(tmp_path / 'empty'))
+
+
+def instructions(path, name, count=103, **changes):
+    content = {
+        'Definition': ['Double the number.'],
+        'Positive Examples': [{'input': 'two', 'output': 'four', 'explanation': ''}],
+        'Negative Examples': [],
+        'Instances': [{'input': str(i), 'output': [str(2 * i)]} for i in range(count)],
+        'Instance License': ['CC0'],
+        **changes,
+    }
+    return write(path / 'tasks' / f'{name}.json', content)
+
+
+def test_read_natural_instructions(tmp_path):
+    instructions(tmp_path, 'task1_double')
+    instructions(tmp_path, 'task2_old', 101, Definition='Twice.')
+    write(tmp_path / 'splits/default/train_tasks.txt', 'task2_old\n')
+    double, old = tasks.read_natural_instructions(str(tmp_path))
+    assert (double.name, double.license) == ('task1_double', 'CC0')
+    assert double.descriptions == ('Double the number.',)
+    assert [e.input for e in double.test] == [str(i) for i in range(100)]
+    assert double.train[0] == Example('two', ('four',))
+    assert [e.output for e in double.train[1:]] == ['200', '202', '204']
+    assert old.descriptions == ('Twice.',)
+    (only,) = tasks.read_natural_instructions(str(tmp_path), 'default/train_tasks')
+    assert only == old
+    with pytest.raises(UserError, match='no such split'):
+        tasks.read_natural_instructions(str(tmp_path), 'default/none')
+    instructions(tmp_path, 'task3_bad', Instances=None)
+    with pytest.raises(UserError, match="task3_bad.json: 'Instances' is of type NoneType"):
+        tasks.read_natural_instructions(str(tmp_path))
+
+
+def metadata(path, **changes):
+    content = {
+        'descriptions': ['Multiply by two.', 'Twice as much.', 'Double it.'],
+        'ds_kwargs': {'path': 'Somewhere/task1_double', 'split': 'train[:10]'},
+        'user_prompt_template': '{task_def}\n\n{problem}',
+        'response_field': 'answer',
+        **changes,
+    }
+    write(path / 'tasks/lol_001/metadata.yaml', yaml.safe_dump(content))
+
+
+def test_read_text_to_lora(tmp_path):
+    instructions(tmp_path / 'ni', 'task1_double')
+    metadata(tmp_path)
+    read = lambda: tasks.read_text_to_lora(str(tmp_path), str(tmp_path / 'ni'), (), 1)  # noqa: E731
+    (task,) = read()
+    assert task.name == 'lol_001'
+    assert task.descriptions == ('Multiply by two.', 'Twice as much.')
+    assert task.test_descriptions == ('Double it.',)
+    assert task.test[3] == Example('Double the number.\n\n3', ('6',))
+    metadata(tmp_path, user_prompt_template='{question}')
+    with pytest.raises(UserError, match="lol_001/metadata.yaml: .*unknown field 'question'"):
+        read()
+    metadata(tmp_path, ds_kwargs={'path': 'Somewhere/task9'})
+    with pytest.raises(UserError, match="its data set 'Somewhere/task9' is not at"):
+        read()
+    metadata(tmp_path, descriptions=['a'])
+    with pytest.raises(UserError, match='1 descriptions, of which 1 for test'):
+        read()
+
+
+def test_records(tmp_path):
+    written = [generated.generate(n, train=20, test=5) for n in ('uppercase', 'number_in_french')]
+    records.write_records(written, str(tmp_path))
+    with pytest.raises(UserError, match='already there'):
+        records.write_records(written[:1], str(tmp_path))
+    french, upper = records.read_records(str(tmp_path))
+    assert (upper.name, upper.license) == ('uppercase', 'Apache-2.0')
+    assert upper.descriptions == written[0].descriptions
+    assert upper.test_descriptions == written[0].test_descriptions
+    assert tuple(french.train) == written[1].train
+    dataset = grain.MapDataset.source(pickle.loads(pickle.dumps(upper.test))).map(
+        lambda e: e.output
+    )
+    assert list(dataset) == [e.output for e in written[0].test]
+    with pytest.raises(UserError, match='no records'):
+        records.read_records(str(tmp_path / 'none'))
+
+
+RECORDS = {
+    'arc_easy': (
+        {
+            'question': b'Which is hot?',
+            'choices': {'text': [b'ice', b'fire', b'snow'], 'label': [2, 0, 1]},
+            'answerKey': 0,
+        },
+        Example('Which is hot?\nA: ice\nB: fire\nC: snow', ('B',)),
+    ),
+    'boolq': (
+        {'passage': b'Fire is hot.', 'question': b'is fire cold', 'answer': False},
+        Example('Fire is hot.\nQuestion: is fire cold?', ('false',)),
+    ),
+    'gsm8k': (
+        {'question': b'2 and 3?', 'answer': b'2+3=5 #### 5', 'short_answer': b'5'},
+        Example('2 and 3?', ('5',)),
+    ),
+    'hellaswag': (
+        {'context': b'She runs', 'endings': [b'off.', b'blue.', b'is.', b'up.'], 'label': 3},
+        Example('She runs\nA: off.\nB: blue.\nC: is.\nD: up.', ('D',)),
+    ),
+    'openbookqa': (
+        {
+            'question': {'stem': b'Fire is', **{f'choice_{x}': x.lower() for x in 'ABCD'}},
+            'answerKey': 2,
+        },
+        Example('Fire is\nA: a\nB: b\nC: c\nD: d', ('C',)),
+    ),
+    'piqa': (
+        {'goal': b'Cool down', 'sol1': b'swim', 'sol2': b'run', 'label': 0},
+        Example('Cool down\nA: swim\nB: run', ('A',)),
+    ),
+    'winogrande': (
+        {'sentence': b'Ann saw Eve, so _ waved.', 'option1': b'Ann', 'option2': b'Eve', 'label': 1},
+        Example('Ann saw Eve, so _ waved.\nA: Ann\nB: Eve', ('B',)),
+    ),
+}
+
+
+@pytest.mark.parametrize('name', RECORDS)
+def test_benchmark_example(name):
+    record, example = RECORDS[name]
+    assert benchmarks.BENCHMARKS[name].example(record) == example
+
+
+@pytest.mark.parametrize('name', sorted(set(benchmarks.BENCHMARKS) - {'arc_easy', 'arc_challenge'}))
+def test_benchmark_of_mock_data(name):
+    """Random records of the features that tfds declares (of ARC's, the answer is not a choice)."""
+    if module := benchmarks.BENCHMARKS[name].module:
+        __import__(f'tensorflow_datasets.{module}')
+    with tfds.testing.mock_data(num_examples=3):
+        builder = tfds.builder(benchmarks.BENCHMARKS[name].dataset, try_gcs=False)
+        record = dict(builder.as_data_source('train')[0])
+        if name == 'hellaswag':
+            record['label'] = 1  # an integer of any size to tfds
+        example = benchmarks.BENCHMARKS[name].example(record)
+    assert example.input and example.output
+
+
+def test_benchmark_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="unknown benchmark 'mbpp'"):
+        benchmarks.read_benchmarks(('mbpp',))
+
+
+# ---------------------------------------------------------------------------------- collections
+
+
+def collection(*sources):
+    return collect(ConfigDict({'sources': sources}))
+
+
+def test_collect(tmp_path):
+    write(tmp_path / 'opposites.json', json_task())
+    some = {'reader': 'generated', 'names': ('plural', 'surname'), 'train': 20, 'test': 5}
+    found = collection(
+        {'reader': 'json', 'path': str(tmp_path)}, {**some, 'held_out': ('surname',)}
+    )
+    assert [task.name for task in found.train] == ['opposites', 'plural']
+    assert [task.name for task in found.held_out] == ['surname']
+    for source, message in [
+        ({'reader': 'xml'}, "unknown reader of tasks 'xml'; known: json"),
+        ({'reader': 'json'}, "arguments of the reader 'json' of tasks: missing.*'path'"),
+        ({**some, 'held_out': ('nope',)}, "held-out tasks that .*'generated' did not find: nope"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            collection(source)
+    with pytest.raises(UserError, match="two tasks are named 'plural'"):
+        collection(some, some)
+    with pytest.raises(UserError, match='largest_number held out, but larger_of_pair trained on'):
+        collection({'reader': 'generated', 'held_out': ('largest_number',)})
+    write(tmp_path / 'opposites.json', json_task(train=[]))
+    with pytest.raises(UserError, match="task 'opposites' of made up lacks train or test"):
+        collection({'reader': 'json', 'path': str(tmp_path)})
+    write(tmp_path / 'opposites.json', json_task(descriptions=[]))
+    with pytest.raises(UserError, match="task 'opposites' of made up has no description"):
+        collection({'reader': 'json', 'path': str(tmp_path)})
+
+
+def test_proposed_hold_out_of_generated_tasks():
+    source = {'reader': 'generated', 'train': 20, 'test': 5, 'held_out': HELD_OUT['generated']}
+    found = collection(source)
+    assert {task.name for task in found.held_out} == set(HELD_OUT['generated'])
+    assert len(found.train) + len(found.held_out) == len(generated.RECIPES)
+
+
+def test_shared_tasks():
+    """Everything in the folder can be read, described and collected with the proposed hold-out."""
+    found = collection(
+        {'reader': 'json', 'path': shared_tasks(), 'held_out': HELD_OUT['json']},
+        {'reader': 'generated', 'held_out': HELD_OUT['generated']},
+    )
+    names = {task.name for task in (*found.train, *found.held_out)}
+    assert set().union(*SAME_TASK) <= names
+    assert len(found.held_out) >= 12
+    described = {}
+    for task in (*found.train, *found.held_out):
+        assert len(task.descriptions) >= 6 and len(task.test_descriptions) >= 2, task.name
+        for text in (*task.descriptions, *task.test_descriptions):
+            assert described.setdefault(normal(text), task.name) == task.name, text
+        trained = {example.input for example in task.train}
+        assert not any(example.input in trained for example in task.test)
