@@ -13,7 +13,7 @@ import tokenizers
 from conftest import GOLDEN, read_golden
 from PIL import Image
 
-from d2l.context_encoders import early_exit, per_layer_activations
+from d2l.context_encoders import early_exit, embed_only, per_layer_activations
 from hyperlora import sharding
 from hyperlora.errors import UserError
 from hyperlora.models import attention, base, families, vision, weights
@@ -107,6 +107,8 @@ def test_context_features_of_an_image():
     close(features, arrays['ctx_features'])
     last = early_exit(config, params, tokens, pixels, num_layers=3)
     close(last[:, 0], arrays['ctx_features'][:, -1])
+    first = embed_only(config, params, tokens, pixels)
+    close(first[:, 0], arrays['ctx_features'][:, 0])
     unseen = per_layer_activations(config, params, tokens, num_layers=4)
     assert np.abs(unseen - arrays['ctx_features']).max() > 1
 
@@ -323,6 +325,7 @@ def test_old_and_new_configs():
         ('', {'mm_tokens_per_image': 5}, '4 x 4 patches.*mm_tokens_per_image = 5'),
         ('', {'mm_tokens_per_image': 9}, 'mm_tokens_per_image = 9'),
         ('', {'audio_config': {}}, 'unknown.*audio_config'),
+        ('', {'vision_config': None}, 'vision_config.*not an object'),
         ('', {'vision_config': {'model_type': 'clip_vision_model'}}, 'clip_vision_model'),
         ('vision_config', {'hidden_act': 'quick_gelu'}, 'siglip.*quick_gelu'),
         ('vision_config', {'vision_use_head': True}, 'vision_use_head'),
@@ -488,7 +491,7 @@ def random_model(seed):
         image_token_index=int(rng.choice([120, 131])),  # the latter is not in the vocabulary
         boi_token_index=121,
         eoi_token_index=122,
-        tie_word_embeddings=True,
+        tie_word_embeddings=bool(seed % 2),
         attn_implementation='eager',
     )
     torch.manual_seed(seed)

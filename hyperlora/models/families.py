@@ -252,7 +252,12 @@ def activation(c: Mapping[str, Any], key: str) -> str:
 
 def multimodal_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The outermost settings of a Gemma 3 that reads images; errors are those of `complete`."""
-    return complete(config, {'gemma3': _MULTIMODAL}, required=('text_config', 'vision_config'))
+    parts = ('text_config', 'vision_config')
+    c = complete(config, {'gemma3': _MULTIMODAL}, required=parts)
+    for part in parts:
+        if not isinstance(c[part], Mapping):
+            raise UserError(f'gemma3: {part} in config.json is not an object')
+    return c
 
 
 def decoder_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -265,8 +270,8 @@ def decoder_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config
     whole = multimodal_settings(config)
     return {
-        'tie_word_embeddings': whole['tie_word_embeddings'],
         **whole['text_config'],
+        'tie_word_embeddings': whole['tie_word_embeddings'],  # its own is not used
         'model_type': 'gemma3_text',
         'architectures': [_ARCHITECTURES['gemma3_text']],
     }
