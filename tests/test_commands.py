@@ -54,7 +54,12 @@ def checkpoint(base, untrained, tmp_path_factory):
     checkpointing.export(
         folder,
         params,
-        {'config': config.to_dict(), 'base_fingerprint': base.fingerprint, 'step': 0},
+        {
+            'config': config.to_dict(),
+            'base_fingerprint': base.fingerprint,
+            'encoder_fingerprint': base.fingerprint,
+            'step': 0,
+        },
     )
     return folder
 

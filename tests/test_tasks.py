@@ -12,9 +12,10 @@ import tensorflow_datasets as tfds
 import yaml
 from ml_collections import ConfigDict
 
+from configs.t2l import HELD_OUT
 from hyperlora.errors import UserError
 from t2l import benchmarks, generated, records, tasks
-from t2l.collections import HELD_OUT, SAME_TASK, collect
+from t2l.collections import SAME_TASK, collect
 from t2l.tasks import Example
 
 # Worked by hand: task | input | output.
