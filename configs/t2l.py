@@ -123,9 +123,10 @@ def _published(base: str) -> ConfigDict:
             'data': {
                 'name': 'tasks',
                 'steps': steps,
-                'tasks_per_group': 1,
-                'examples_per_task': 1,
-                'max_tokens': 512,
+                'max_tokens': 512,  # longer examples are left out
+                # Rows are filled with examples of one task.
+                'row_tokens': 512,
+                'row_labels': 256,
                 'sources': (),
             },
         }
@@ -144,7 +145,7 @@ def _smollm2() -> ConfigDict:
         {'embedding_width': 384, 'latent_size': 256, 'head_width': 384, 'scaling': 2 * 8**0.5}
     )
     config.objective.label_smoothing = 0.0
-    config.data.update({'examples_per_task': 4, 'max_tokens': 40})
+    config.data.update({'max_tokens': 40, 'row_tokens': 80, 'row_labels': 32})
     _steps(config, 2000)
     config.optimizer.update(
         {'learning_rate': 2.5e-4, 'end_learning_rate': 2.5e-6, 'warmup_steps': 50, 'b2': 0.98}
@@ -158,7 +159,6 @@ def _tiny() -> ConfigDict:
     config.hypernetwork.modules = ('q_proj',)
     config.hypernetwork.shape.update({'latent_size': 16, 'head_width': 16})
     config.groups = 2
-    config.data.examples_per_task = 2
     _steps(config, 6)
     config.optimizer.warmup_steps = 1
     config.log_every = 1

@@ -120,7 +120,8 @@ class Learner:
           frozen: parameters of the `base` model and of the context `encoder`.
           batch: `context`, what the hypernetwork's encoder takes, of `[g * n, ...]`;
             `query`: tokens `[b, t]`, labels, label_positions (of the hidden state that predicts
-            each) and label_weights `[b, k]`, chunk_weights `[b, n]`.
+            each) and label_weights `[b, k]`, chunk_weights `[b, n]`; positions and segments
+            `[b, t]` if rows are packed.
           key: for dropout and noise; None for neither.
         """
         key, noise_key = (None, None) if key is None else jax.random.split(key)
@@ -147,7 +148,13 @@ class Learner:
             limit = self.neftune / math.sqrt(shape[1] * shape[2])
             noise = jax.random.uniform(key, shape, minval=-limit, maxval=limit)
         hidden = self.decoder.apply(
-            {'params': base}, query['tokens'], lora=adapter, rank_weights=rank_weights, noise=noise
+            {'params': base},
+            query['tokens'],
+            query.get('positions'),
+            query.get('segments'),
+            lora=adapter,
+            rank_weights=rank_weights,
+            noise=noise,
         ).hidden
         # Logits only where there is a label: vocabularies are large.
         hidden = jnp.take_along_axis(hidden, query['label_positions'][..., None], 1)

@@ -91,10 +91,12 @@ class LanguageModelling:
         query = batch['query']
         logits, weights = logits_of(chunks, shared, query), query['label_weights']
         total, weight = (weights * self.token_loss(logits, query)).sum(), weights.sum()
-        right = (logits.argmax(-1) == query['labels']) | (weights == 0)
+        right = logits.argmax(-1) == query['labels']
+        rows = (right | (weights == 0)).all(-1).astype(jnp.float32)
         sums = {
             'loss': (total, weight),
-            'exact': (right.all(-1).sum().astype(jnp.float32), jnp.float32(right.shape[0])),
+            'accuracy': ((weights * right).sum(), weight),  # of labels
+            'exact': (rows.sum(), jnp.float32(rows.size)),  # rows of which all labels are right
         }
         if self.l1:
             mask = batch['context']['mask'].any(-1)

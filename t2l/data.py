@@ -1,6 +1,6 @@
 """Text-to-LoRA's training data: examples of tasks, and embeddings of their descriptions.
 
-Axes: n tasks of a group, e embedding width, b queries, t query tokens, k labels.
+Axes: e embedding width, t query tokens, k labels.
 
 Sampling is hierarchical, as in Text-to-LoRA (arXiv 2506.06105): first tasks, all alike, then
 examples and a description of each. Everything follows from (seed, index).
@@ -8,9 +8,10 @@ examples and a description of each. Everything follows from (seed, index).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
 import grain
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -21,8 +22,6 @@ from hyperlora.models.tokenizers import Tokenizer
 from t2l.collections import collect
 from t2l.tasks import Example, Task
 
-_LENGTH_STEP = 8  # lengths are padded to multiples of it, so that shapes are few
-
 
 def tokenize(example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """(prompt, answer with the end of the turn) of an example."""
@@ -32,9 +31,8 @@ def tokenize(example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[in
 class TaskGroups:
     """Random-access source of groups of queries; every array follows from (seed, index).
 
-    A group has `tasks_per_group` tasks, all tasks of a step being different, one description of
-    each, and `examples_per_task` different examples of each. Items are drawn anew: there is no
-    epoch.
+    A group is a packed row: as many examples of one task as fill it, and one description of that
+    task. All tasks of a step are different. Rows are drawn anew each time: there is no epoch.
     """
 
     def __init__(
@@ -52,65 +50,75 @@ class TaskGroups:
           embeddings: of the training descriptions of each task, `[descriptions, e]`.
 
         Raises:
-          UserError: fewer tasks than a step has, or a task with too few examples that fit.
+          UserError: fewer tasks than a step has, or a task without an example that fits.
         """
         self.config, self.embeddings = config, embeddings
         self.seed, self.groups_per_step = seed, groups_per_step
-        needed = config.tasks_per_group * groups_per_step
-        if len(tasks) < needed:
+        if len(tasks) < groups_per_step:
             raise UserError(
-                f'{len(tasks)} tasks to train on; a step has {needed} (config.groups, '
-                'config.accumulate, config.data.tasks_per_group)'
+                f'{len(tasks)} tasks to train on; a step has {groups_per_step} (config.groups)'
             )
         self.examples = []
         for task in tasks:
             pairs = [tokenize(example, tokenizer) for example in task.train]
-            pairs = [(p, a) for p, a in pairs if len(p) + len(a) <= config.max_tokens]
-            if len(pairs) < config.examples_per_task:
+            pairs = [
+                (prompt, answer)
+                for prompt, answer in pairs
+                if len(prompt) + len(answer) <= config.max_tokens
+                and len(answer) <= config.row_labels
+            ]
+            if not pairs:
                 raise UserError(
-                    f'task {task.name!r} has {len(pairs)} training examples of at most '
-                    f'{config.max_tokens} tokens; {config.examples_per_task} are needed: leave it '
-                    'out or raise config.data.max_tokens'
+                    f'task {task.name!r} has no training example of at most {config.max_tokens} '
+                    'tokens: leave it out or raise config.data.max_tokens'
                 )
             self.examples.append(pairs)
 
     def __len__(self) -> int:
         return self.config.steps * self.groups_per_step
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """One group: `embedding [n, e]` and n x `examples_per_task` (prompt, answer) pairs."""
-        c, count = self.config, self.config.tasks_per_group
+    def __getitem__(self, index: int) -> dict[str, dict[str, np.ndarray]]:
+        """One group: `context` {embedding `[1, e]`} and `query`, see `pack`."""
         step, group = divmod(index, self.groups_per_step)
         order = np.random.default_rng((self.seed, 0, step)).permutation(len(self.examples))
-        chosen = order[group * count : (group + 1) * count]
+        task = order[group]
         rng = np.random.default_rng((self.seed, 1, index))
-        pairs, rows = [], []
-        for task in chosen:
-            rows.append(self.embeddings[task][rng.integers(len(self.embeddings[task]))])
-            examples = self.examples[task]
-            picked = rng.choice(len(examples), c.examples_per_task, replace=False)
-            pairs += [examples[i] for i in picked]
-        return {'embedding': np.stack(rows), 'pairs': pairs}
+        embedding = self.embeddings[task][rng.integers(len(self.embeddings[task]))]
+        examples = self.examples[task]
+        pairs = (examples[i] for i in rng.permutation(len(examples)))
+        query = pack(pairs, self.config.row_tokens, self.config.row_labels)
+        return {'context': {'embedding': embedding[None]}, 'query': query}
 
 
-def pad(pairs: list[tuple[list[int], list[int]]], length: int, labels: int) -> dict:
-    """Query arrays of (prompt, answer) pairs: tokens `[b, t]`, labels, label_positions and
-    label_weights `[b, k]`; each pair weighs 1."""
-    shape = len(pairs), labels
-    query = {
-        'tokens': np.zeros((len(pairs), length), np.int32),
-        'labels': np.zeros(shape, np.int32),
-        'label_positions': np.zeros(shape, np.int32),
-        'label_weights': np.zeros(shape, np.float32),
+def pack(
+    pairs: Iterable[tuple[list[int], list[int]]], tokens: int, labels: int
+) -> dict[str, np.ndarray]:
+    """The first (prompt, answer) pairs, as many as fit, as one row of t tokens and k labels.
+
+    Returns:
+      tokens, positions and segments `[1, t]`; labels, label_positions and label_weights `[1, k]`,
+      where each pair weighs 1; chunk_weights `[1, 1]`.
+    """
+    row = {
+        **{key: np.zeros((1, tokens), np.int32) for key in ('tokens', 'positions', 'segments')},
+        **{key: np.zeros((1, labels), np.int32) for key in ('labels', 'label_positions')},
+        'label_weights': np.zeros((1, labels), np.float32),
+        'chunk_weights': np.ones((1, 1), np.float32),
     }
-    for i, (prompt, answer) in enumerate(pairs):
-        count = len(answer)
-        row = [*prompt, *answer[:-1]]
-        query['tokens'][i, : len(row)] = row
-        query['labels'][i, :count] = answer
-        query['label_positions'][i, :count] = len(prompt) - 1 + np.arange(count)
-        query['label_weights'][i, :count] = 1 / count
-    return query
+    start = first = 0
+    for segment, (prompt, answer) in enumerate(pairs, start=1):
+        text = [*prompt, *answer[:-1]]
+        end, last = start + len(text), first + len(answer)
+        if end > tokens or last > labels:
+            break
+        row['tokens'][0, start:end] = text
+        row['positions'][0, start:end] = np.arange(len(text))
+        row['segments'][0, start:end] = segment
+        row['labels'][0, first:last] = answer
+        row['label_positions'][0, first:last] = start + len(prompt) - 1 + np.arange(len(answer))
+        row['label_weights'][0, first:last] = 1 / len(answer)
+        start, first = end, last
+    return row
 
 
 def build(
@@ -131,25 +139,12 @@ def build(
     ends = np.cumsum([len(task.descriptions) for task in tasks])[:-1]
     embeddings = np.split(encoder(texts), ends)
     source = TaskGroups(tasks, embeddings, base.tokenizer, config, seed, groups * accumulate)
-    own = np.repeat(np.eye(config.tasks_per_group, dtype=np.float32), config.examples_per_task, 0)
-
-    def round_up(count):
-        return -(-count // _LENGTH_STEP) * _LENGTH_STEP
 
     def stack(items):
-        pairs = [pair for item in items for pair in item['pairs']]
-        query = pad(
-            pairs,
-            round_up(max(len(prompt) + len(answer) - 1 for prompt, answer in pairs)),
-            round_up(max(len(answer) for _, answer in pairs)),
-        )
-        query['chunk_weights'] = np.tile(own, (len(items), 1))
-        batch = {'context': {'embedding': np.concatenate([i['embedding'] for i in items])}}
-        batch['query'] = query
+        def leaf(*rows):
+            x = np.concatenate(rows)
+            return x.reshape(accumulate, groups, *x.shape[1:])
 
-        def split(x):
-            return x.reshape(accumulate, -1, *x.shape[1:])
-
-        return {part: {k: split(v) for k, v in batch[part].items()} for part in batch}
+        return jax.tree.map(leaf, *items)
 
     return grain.MapDataset.source(source).batch(groups * accumulate, batch_fn=stack)
