@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import qwix
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hyperlora.errors import UserError
 
@@ -38,7 +39,7 @@ def quantize(path: str, array: jax.Array, kind: str) -> jax.Array | qwix.QArray:
       UserError: int4, and the input width is no multiple of 32.
     """
     if path.endswith('embedding'):
-        return _quantize(array, jnp.int8, (0,), None)
+        return _quantize(array, jnp.int8, (0,), None, array.sharding)
     if not (path.startswith('layers/') and path.endswith('kernel')):
         return array
     qtype, block = KINDS[kind]
@@ -47,19 +48,28 @@ def quantize(path: str, array: jax.Array, kind: str) -> jax.Array | qwix.QArray:
             f'{kind} needs input widths that are multiples of {block}, not {array.shape[1]} '
             f'({path}); use int8'
         )
-    return _quantize(array, qtype, (0, 2), block)
+    return _quantize(array, qtype, (0, 2), block, array.sharding)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _quantize(array, qtype, channelwise_axes, block):
-    tiles = {1: block} if block else None
-    return qwix.quantize(
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize(array, qtype, channelwise_axes, block, sharding):
+    quantized = qwix.quantize(
         array.astype(jnp.float32),
         qtype,
         channelwise_axes=channelwise_axes,
-        tiled_axes=tiles,
+        tiled_axes={1: block} if block else None,
         scale_dtype=array.dtype,
     )
+    if not isinstance(sharding, NamedSharding):
+        return quantized
+    parts = [n // m for n, m in zip(array.shape, sharding.shard_shape(array.shape), strict=True)]
+
+    def place(x):  # as the array, but whole along an axis that cannot be divided so
+        split = zip(sharding.spec, x.shape, parts, strict=False)
+        spec = PartitionSpec(*(axis if n % k == 0 else None for axis, n, k in split))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+    return jax.tree.map(place, quantized)
 
 
 def product(
@@ -79,7 +89,7 @@ def product(
 
 def rows(table: jax.Array | qwix.QArray, tokens: jax.Array) -> jax.Array:
     """Embeddings of tokens: `[v, d]` and `[...]` -> `[..., d]`."""
-    found = table[tokens]
+    found = jax.tree.map(lambda x: x[tokens], table)
     return qwix.dequantize(found) if isinstance(found, qwix.QArray) else found
 
 
