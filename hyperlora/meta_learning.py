@@ -223,16 +223,11 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     # ---- mesh and base model
     mesh = sharding.make_mesh(config.mesh)
     groups = sharding.data_shards(mesh)
-    base = load_base(config.base, jnp.dtype(config.base_dtype))
+    base = load_base(config.base, jnp.dtype(config.base_dtype), mesh)
+    frozen = base.params
     learner = make_learner(config, base, groups)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         # ---- state: abstract first, then shardings, then created where it lives
-        boxed = jax.eval_shape(
-            lambda: learner.decoder.init(
-                jax.random.key(0), jnp.zeros((1, 8), jnp.int32), method='init_all'
-            )
-        )['params']
-        frozen = jax.device_put(base.params, sharding.shardings(boxed, mesh))
         key = jax.random.key(config.seed)
 
         def init(frozen):

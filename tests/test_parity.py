@@ -75,9 +75,7 @@ def test_greedy_generation(case):
     prompts = [rng.integers(0, config.vocab_size, length) for length in (17, 9)]
     padded = np.stack([np.pad(prompt, (0, 20 - len(prompt))) for prompt in prompts])
     lengths = np.array([17, 9], np.int32)
-    answers = generation.greedy(
-        Decoder(config), params, padded.astype(np.int32), lengths, -1, 12
-    )
+    answers = generation.greedy(Decoder(config), params, padded.astype(np.int32), lengths, -1, 12)
     for prompt, answer in zip(prompts, np.asarray(answers), strict=True):
         np.testing.assert_array_equal(answer, generate(model, prompt, 12))
 

@@ -13,7 +13,8 @@ sentencepiece = pytest.importorskip('sentencepiece')
 transformers = pytest.importorskip('transformers')
 
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ '<turn>' + m['role'] + '\n' + m['content'] + '<end>' }}"
+    '{{ bos_token }}{% for m in messages %}'
+    "{{ '<turn>' + m['role'] + '\n' + m['content'] + '<end>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
 )
 SPACES = ['\u2581' * count for count in range(2, 9)]
@@ -24,7 +25,8 @@ TEXTS = [
     'runs  of   spaces     and\ttabs\t\tand \t both',
     'lines\n\nand\r\n\n\nmore\n  indented\n',
     'na\u00efve \u2014 \u201cquotes\u201d \u2026 \u20ac',
-    '\u4e2d\u6587 \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4 \u0e44\u0e17\u0e22 \u05e2\u05d1\u05e8\u05d9\u05ea',
+    '\u4e2d\u6587 \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4',
+    '\u0e44\u0e17\u0e22 \u05e2\u05d1\u05e8\u05d9\u05ea',
     '\U0001f469\u200d\U0001f469\u200d\U0001f467 e\u0301 \u200b \ufeff \U0001d54f',
     'a <turn> of <end> and <s>, <0x0A> and x\u2581y',
     'aaaaaaaaaaaaaaa abababababab  the the thethe',
@@ -109,7 +111,7 @@ def test_ids_are_those_of_sentencepiece(trained):
 
 
 def test_ids_are_those_of_transformers(trained):
-    """But for a space at the very start, to which SentencePiece adds one and transformers does not."""
+    """But for a space at the start, to which SentencePiece adds one and transformers does not."""
     _, tokenizer, folder = trained
     theirs = transformers.AutoTokenizer.from_pretrained(folder, gguf_file='x.gguf')
     for text in [*TEXTS, *random_texts(100)]:

@@ -482,9 +482,7 @@ def from_gguf(
     )
 
 
-def _gguf_local_layers(
-    family: str, num_layers: int, get: Callable[..., Any]
-) -> tuple[bool, ...]:
+def _gguf_local_layers(family: str, num_layers: int, get: Callable[..., Any]) -> tuple[bool, ...]:
     """As llama.cpp: the last layer of each period is global, unless flags say otherwise."""
     window = get('attention.sliding_window')
     if family == 'gemma2' or (family == 'gemma3' and window):
