@@ -5,15 +5,12 @@ Source: Doc-to-LoRA (arXiv 2602.15902), section 4.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pathlib
 import re
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -22,7 +19,7 @@ from d2l.internalize import Answerer, Internalizer, Question
 from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
 from hyperlora import trained
 from hyperlora.errors import UserError
-from hyperlora.evaluation import plots
+from hyperlora.evaluation import plots, record
 from hyperlora.generation import answer, bucket
 from hyperlora.models.base import BaseModel
 
@@ -125,11 +122,12 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     model = trained.load(checkpoint, quantization=config.base_quantization)
     base = model.base
     path = workdir / 'metrics.json'
-    metrics = _resume(
+    scores = {score.__name__: {} for score in SCORES}
+    metrics = record.resume(
         path,
         {
             'checkpoint': checkpoint,
-            'weights': _digest(model.params),
+            'weights': record.digest(model.params),
             'base': base.name,
             **{
                 key: config[key]
@@ -143,6 +141,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
                 )
             },
         },
+        {**scores, 'counts': {}, 'depth': {}, 'seconds': {}},
     )
     todo = [n for n in sorted(set(config.lengths)) if str(n) not in metrics['exact_match']]
     answerer = Answerer(Internalizer(model))
@@ -166,7 +165,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
             depths, [exact_match(text, numbers[i]) for i, text in results['d2l'][0].items()]
         )
         metrics['seconds'][key] = {m: spent for m, (_, spent) in results.items()}
-        _write(path, metrics)
+        record.write(path, metrics)
         work_done += work(length)
         left = (time.perf_counter() - start) / work_done * sum(work(n) for n in todo if n > length)
         scores = '; '.join(
@@ -234,45 +233,6 @@ def _by_depth(depths: np.ndarray, right: list[bool]) -> dict[str, dict[str, floa
         for k in range(_DEPTH_BINS)
         if (bins == k).any()
     }
-
-
-def _digest(params: Any) -> str:
-    """Tells the weights of two steps of a training apart."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _resume(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The metrics so far, empty if there are none."""
-    scores = {score.__name__: {} for score in SCORES}
-    fresh = {**settings, **scores, 'counts': {}, 'depth': {}, 'seconds': {}}
-    try:
-        found = json.loads(path.read_text(encoding='utf-8'))
-        changes = [
-            f'{key}: {found[key]} -> {value}'
-            for key, value in settings.items()
-            if found[key] != value
-        ]
-    except FileNotFoundError:
-        return fresh
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(
-            f'{path} is not that of this evaluation ({e!r}); use another workdir'
-        ) from e
-    if changes:
-        raise UserError(
-            f'{path} is of an evaluation with other settings ({", ".join(changes)}); '
-            'use another workdir'
-        )
-    return found
-
-
-def _write(path: pathlib.Path, metrics: dict[str, Any]) -> None:
-    partial = path.with_suffix('.partial')
-    partial.write_text(json.dumps(metrics, indent=2) + '\n', encoding='utf-8')
-    partial.replace(path)
 
 
 def _draw(workdir: pathlib.Path, metrics: dict[str, Any], base: BaseModel) -> None:

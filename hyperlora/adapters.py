@@ -30,24 +30,20 @@ _KEY = re.compile(
     r'base_model\.model\..*\blayers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<module>\w+)'
     r'\.lora_(?P<factor>[AB])(?:\.\w+)?\.weight'
 )
-# Settings under which an adapter is more than `alpha / r B A`.
-_UNSUPPORTED = (
-    'alpha_pattern',
-    'alora_invocation_tokens',
-    'corda_config',
-    'exclude_modules',
-    'fan_in_fan_out',
-    'layer_replication',
-    'lora_bias',
-    'megatron_config',
-    'modules_to_save',
-    'rank_pattern',
-    'target_parameters',
-    'trainable_token_indices',
-    'use_bdlora',
-    'use_dora',
-    'use_qalora',
+# Settings of PEFT under which an adapter is `alpha / r B A`; any other that is set is an error.
+_SUPPORTED = frozenset(
+    """
+    auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode
+    layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config
+    megatron_core peft_type peft_version qalora_group_size r revision runtime_config target_modules
+    task_type use_rslora
+    """.split()
 )
+# Those that are so for some values. The other ways to begin change the base model's weights.
+_SUPPORTED_VALUES = {
+    'bias': ('none',),
+    'init_lora_weights': (True, 'gaussian', 'eva', 'orthogonal'),
+}
 
 
 def save(
@@ -136,9 +132,11 @@ def load(
     """
     directory = Path(directory)
     config = read_config(directory)
-    used = [key for key in _UNSUPPORTED if config.get(key)]
-    if config.get('bias', 'none') != 'none':
-        used.append('bias')
+    used = [
+        f'{key} = {value!r}'
+        for key, value in sorted(config.items())
+        if value and key not in _SUPPORTED and value not in _SUPPORTED_VALUES.get(key, ())
+    ]
     if used:
         raise UserError(f'{directory}: adapters with {", ".join(used)} are not supported')
     path = directory / _WEIGHTS
@@ -174,15 +172,19 @@ def load(
     layers = base.num_layers if base else 1 + max(max(by_layer) for by_layer in found.values())
     names = sorted({module for module, _ in found})
     dims = dict((n, (i, o)) for n, i, o in lora_lib.module_dims(base, names)) if base else {}
-    return Lora(
-        {name: _pair(directory, name, found, layers, scaling, dims.get(name)) for name in names},
-        jnp.float32(1),
+    some = isinstance(config.get('target_modules'), str) or any(
+        config.get(key) is not None for key in ('exclude_modules', 'layers_to_transform')
     )
+    pairs = {
+        name: _pair(directory, name, found, layers, some, scaling, dims.get(name)) for name in names
+    }
+    return Lora(pairs, jnp.float32(1))
 
 
-def _pair(directory, name, found, layers, scaling, dims) -> LoraPair:
+def _pair(directory, name, found, layers, some, scaling, dims) -> LoraPair:
+    """The factors of a module; zero in layers without, if only `some` need be adapted."""
     a, b = (found.get((name, factor), {}) for factor in 'AB')
-    wanted = set(range(layers))
+    wanted = set(range(layers)) & (a.keys() | b.keys() if some else set(range(layers)))
     if a.keys() != wanted or b.keys() != wanted:
         odd = sorted((wanted ^ a.keys()) | (wanted ^ b.keys()))
         raise UserError(
@@ -190,8 +192,9 @@ def _pair(directory, name, found, layers, scaling, dims) -> LoraPair:
             f'{", ".join(map(str, odd))}'
         )
     try:
-        first = np.stack([a[layer] for layer in range(layers)]).astype(np.float32)
-        second = np.stack([b[layer].T for layer in range(layers)]).astype(np.float32)
+        zeros = [np.zeros_like(next(iter(factor.values()))) for factor in (a, b)]
+        first = np.stack([a.get(i, zeros[0]) for i in range(layers)]).astype(np.float32)
+        second = np.stack([b.get(i, zeros[1]).T for i in range(layers)]).astype(np.float32)
     except ValueError as e:
         raise UserError(f'{directory}: the ranks of {name} differ between layers') from e
     shapes = first.shape[1:], second.shape[1:]

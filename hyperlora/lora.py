@@ -310,5 +310,5 @@ def merge(params: Any, lora: Lora) -> Any:
             'lri,lro->lio', pair.a[:, 0], pair.b[:, 0], preferred_element_type=jnp.float32
         )
         merged = (kernel.astype(jnp.float32) + lora.scaling * delta).astype(kernel.dtype)
-        layers[group] = {**layers[group], module: {'kernel': merged}}
+        layers[group] = {**layers[group], module: {**layers[group][module], 'kernel': merged}}
     return {**params, 'layers': layers}

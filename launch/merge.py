@@ -3,6 +3,9 @@
 python -m launch.merge --adapter=DIR --output=DIR [--base=NAME_OR_DIR] [--dtype=float32]
 """
 
+import pathlib
+import tempfile
+
 from absl import flags
 
 from hyperlora.errors import UserError
@@ -32,9 +35,12 @@ def main(_):
     base = bases.load_base(_BASE.value or config['base_model_name_or_path'])
     adapter = adapters.load(_ADAPTER.value, base.config, base.fingerprint)
     params = jax.tree.map(lambda x: x.astype(_DTYPE.value), lora.merge(base.params, adapter))
-    base.tokenizer.save(output)
-    hf_config = bases.hf_config(base)
-    weights.save_hf(output, params, base.config, {**hf_config, 'torch_dtype': _DTYPE.value})
+    hf_config = {**bases.hf_config(base), 'torch_dtype': _DTYPE.value}
+    with tempfile.TemporaryDirectory(dir=output) as partial:
+        base.tokenizer.save(partial)
+        weights.save_hf(output, params, base.config, hf_config)
+        for path in pathlib.Path(partial).iterdir():
+            path.replace(output / path.name)
     size = sum(path.stat().st_size for path in output.iterdir())
     print(f'{base.name} with {_ADAPTER.value} merged, {size} bytes, in {output}')
 

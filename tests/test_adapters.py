@@ -58,6 +58,24 @@ def test_files_are_those_of_peft(tmp_path):
             np.testing.assert_allclose((b @ a).T, dense(lora)[module][k], atol=1e-5)
 
 
+def test_files_are_those_that_vllm_takes(tmp_path):
+    """Its rules, as read in its loader (vllm/lora: peft_helper, lora_model); not run here."""
+    dims = {name: (i, o) for name, i, o in lora_lib.module_dims(TINY, lora_lib.MODULES)}
+    adapters.save(random_lora(0, rank=3, dims=dims), tmp_path, 'some/base', MARK)
+    config = adapters.read_config(tmp_path)
+    assert {'r', 'lora_alpha', 'target_modules'} <= config.keys()
+    assert config['bias'] == 'none'
+    assert not any(map(config.get, ('modules_to_save', 'use_dora', 'trainable_token_indices')))
+    scaling = config['lora_alpha'] / (config['r'] ** 0.5 if config['use_rslora'] else config['r'])
+    assert scaling == 1
+    linear = {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'}
+    ranks = {'lora_A': 0, 'lora_B': 1}
+    for key, tensor in load_file(tmp_path / 'adapter_model.safetensors').items():
+        *module, factor, last = key.removeprefix('base_model.model.').split('.')
+        assert last == 'weight' and tensor.shape[ranks[factor]] == config['r'] <= 512
+        assert module[:2] == ['model', 'layers'] and module[-1] in linear
+
+
 def rewrite(folder, config=None, tensors=None, metadata=None):
     """Changes an adapter as other software could have written it."""
     if config:
@@ -123,6 +141,10 @@ def with_dora(folder):
     rewrite(folder, {'use_dora': True, 'modules_to_save': ['lm_head']})
 
 
+def with_pissa(folder):
+    rewrite(folder, {'init_lora_weights': 'pissa'})
+
+
 def with_more(folder):
     more = {'base_model.model.lm_head.lora_A.weight': np.ones((2, 3), np.float32)}
     rewrite(folder, tensors=lambda found: found | more)
@@ -132,6 +154,16 @@ def with_a_layer_less(folder):
     rewrite(
         folder,
         tensors=lambda found: {key: v for key, v in found.items() if '.1.mlp' not in key},
+    )
+
+
+def with_half_a_layer(folder):
+    rewrite(folder, {'layers_to_transform': [0, 1]})
+    rewrite(
+        folder,
+        tensors=lambda found: {
+            key: v for key, v in found.items() if '.1.mlp.down_proj.lora_A' not in key
+        },
     )
 
 
@@ -154,9 +186,11 @@ def with_a_nan(folder):
         (cut_config, 'damaged'),
         (rank_zero, 'damaged'),
         (of_another_kind, "type 'IA3'"),
-        (with_dora, 'modules_to_save, use_dora are not supported'),
+        (with_dora, r"modules_to_save = \['lm_head'\], use_dora = True are not supported"),
+        (with_pissa, "init_lora_weights = 'pissa' are not supported"),
         (with_more, 'lm_head.lora_A.weight is not'),
         (with_a_layer_less, 'down_proj must have A and B in each of 3 layers; see layers 1'),
+        (with_half_a_layer, 'down_proj must have A and B .* see layers 1'),
         (with_a_nan, r'layers\.2\.mlp\.down_proj\.lora_B\.weight holds values that are not finite'),
     ],
 )

@@ -20,6 +20,7 @@ from d2l.internalize import Internalizer
 from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
 from hyperlora import adapters, checkpointing, generation, hypernetwork, meta_learning, trained
 from hyperlora.models import base as base_models
+from hyperlora.models import weights
 
 DOCUMENT = 'The keeper of the lighthouse is called Mara. ' * 30
 
@@ -145,6 +146,14 @@ def test_merged_model_equals_adapted(command, checkpoint, document, base, tmp_pa
     padded = np.zeros((2, len(prompt) + 3), np.int32)
     padded[0, : len(prompt)], padded[1, 3:] = prompt, prompt
     np.savez(tokens, input_ids=padded, attention_mask=padded > 0)
+
+    def full_disk(*_):
+        raise OSError(28, 'No space left on device')
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, '_write_hf', full_disk)
+        code, out, err = command('merge', adapter=adapter, output=merged)
+    assert code == 2 and 'No space left' in err and not list(merged.iterdir())
     code, out, err = command('merge', adapter=adapter, output=merged)
     assert code == 0, err
     for name, settings in {

@@ -130,6 +130,14 @@ def test_merged_is_applied(tiny):
         lora_lib.merge(tiny.params, decoder_lora(tiny, 3, rows=2))
 
 
+def test_merging_keeps_biases(tiny):
+    attention = tiny.params['layers']['attention']
+    biased = {**attention['q_proj'], 'bias': jnp.ones((3, 32))}
+    layers = {**tiny.params['layers'], 'attention': {**attention, 'q_proj': biased}}
+    merged = lora_lib.merge({**tiny.params, 'layers': layers}, decoder_lora(tiny, 3))
+    np.testing.assert_array_equal(merged['layers']['attention']['q_proj']['bias'], biased['bias'])
+
+
 def test_merging_leaves_the_given_parameters_alone(tiny):
     before = jax.tree.map(np.array, tiny.params)
     lora_lib.merge(tiny.params, decoder_lora(tiny, 3))

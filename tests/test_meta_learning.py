@@ -28,6 +28,7 @@ from conftest import tiny_base, tiny_training
 from hyperlora import data, meta_learning, sharding
 from hyperlora.errors import UserError
 from hyperlora.models import base as base_models
+from hyperlora.models import weights
 from hyperlora.models.decoder import Decoder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -186,10 +187,17 @@ def test_learning_rate_warms_up_and_decays():
 # ----------------------------------------------------------------------------------- the loop
 
 
+def load_tiny(name, dtype, mesh, quantization):
+    """`load_base`, of the tiny base."""
+    base = tiny_base()
+    places = base_models.shardings(base.config, mesh)
+    return dataclasses.replace(base, params=jax.device_put(base.params, places))
+
+
 @pytest.fixture(autouse=True)
 def on_the_tiny_base(monkeypatch):
     """Trains on the tiny base; a handler of SIGTERM that a training leaves is removed."""
-    monkeypatch.setattr(meta_learning, 'load_base', lambda *_: tiny_base())
+    monkeypatch.setattr(meta_learning, 'load_base', load_tiny)
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -219,7 +227,7 @@ def straight(tmp_path_factory):
     handler = signal.getsignal(signal.SIGTERM)
     printed = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meta_learning, 'load_base', lambda *_: tiny_base())
+        patch.setattr(meta_learning, 'load_base', load_tiny)
         patch.setattr(meta_learning, 'print', lambda text, **_: printed.append(text), raising=False)
         state = value_of(meta_learning.train(tiny_training(), str(workdir)))
     signal.signal(signal.SIGTERM, handler)
@@ -408,7 +416,7 @@ def test_several_devices_compute_what_one_does(tmp_path):
 def train_slowly():
     from launch import cli, train
 
-    meta_learning.load_base = lambda *_: tiny_base()
+    meta_learning.load_base = load_tiny
     update = meta_learning.Progress.update
 
     def slow(*args):
@@ -429,18 +437,20 @@ def compare_meshes(workdir):
     learner, state = learner_and_state(config, base, 4)
     wanted, metrics = gradient_step(learner, state, base, batch)
     assert len(jax.tree.leaves(state.params)[0].devices()) == 1
+    folder = pathlib.Path(workdir, 'base')
+    folder.mkdir()
+    weights.save_hf(folder, base.params, base.config, {})
     unconstrained = jax.jit(learner.step).lower(state, both(base.params), batch).as_text()
     assert 'sharding_constraint' not in unconstrained
     for shape in ((2, 2, 1), (1, 4, 1), (1, 2, 2)):
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
         groups = sharding.data_shards(mesh)
         with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-            boxed = jax.eval_shape(
-                lambda: learner.decoder.init(
-                    jax.random.key(0), jnp.zeros((1, 8), jnp.int32), method='init_all'
-                )
-            )['params']
-            frozen = jax.device_put(base.params, sharding.shardings(boxed, mesh))
+            # Each device reads its part of the files.
+            places = base_models.shardings(base.config, mesh)
+            frozen = weights.from_safetensors(folder, base.config, 'float32', places)
+            assert weights.fingerprint(frozen) == base.fingerprint
+            jax.tree.map(np.testing.assert_array_equal, frozen, base.params)
             abstract = jax.eval_shape(learner.init, jax.random.key(0), frozen)
             placed = jax.device_put(state, sharding.shardings(abstract, mesh))
             rows = jax.sharding.NamedSharding(mesh, jax.P(None, ('data', 'fsdp')))
@@ -461,11 +471,7 @@ def compare_meshes(workdir):
         print(shape, groups, 'groups: agrees', flush=True)
 
     # The loop: four groups at once on four devices are four microbatches, two by two as well.
-    def load(name, dtype, mesh, quantization):
-        places = base_models.shardings(base.config, mesh)
-        return dataclasses.replace(base, params=jax.device_put(base.params, places))
-
-    meta_learning.load_base = load
+    meta_learning.load_base = load_tiny
     config.data.stages = [{**dict(config.data.stages[1]), 'steps': 3}]
     lines = []
     for shape, accumulate in (((2, 2, 1), 1), ((1, 2, 2), 2)):

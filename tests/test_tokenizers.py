@@ -9,6 +9,7 @@ from hyperlora.errors import UserError
 from hyperlora.models import base, weights
 from hyperlora.models.tokenizers import Tokenizer
 
+TURNS = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<s>{% endfor %}"
 SYSTEM = (
     '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face'
     '<|im_end|>\n'
@@ -85,28 +86,74 @@ def test_prompt_has_the_tokens_of_the_whole_rendered_string(tokenizer, question,
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
+        ({'tokenizer.ggml.model': 't5'}, "tokenizer.ggml.model 't5' is not supported"),
         ({'tokenizer.ggml.pre': 'gpt-4o'}, 'gpt-4o'),
         ({'tokenizer.chat_template': '{% if %}'}, 'chat template'),
         ({'tokenizer.chat_template': 'no message'}, 'just once'),
+        ({'tokenizer.chat_template': "{{ messages[0]['content'] }}"}, 'no control token'),
     ],
 )
 def test_unsupported_metadata_is_named(change, message):
     small = {
+        'tokenizer.ggml.model': 'gpt2',
         'tokenizer.ggml.pre': 'smollm',
         'tokenizer.ggml.tokens': ['<s>', 'a', 'b', 'ab'],
         'tokenizer.ggml.token_type': [3, 1, 1, 1],
         'tokenizer.ggml.merges': ['a b'],
-        'tokenizer.ggml.eos_token_id': 0,
-        'tokenizer.chat_template': "<s>{{ messages[0]['content'] }}",
+        'tokenizer.ggml.bos_token_id': 0,
+        'tokenizer.chat_template': TURNS,
     }
-    assert Tokenizer.from_gguf(small).prompt('ab') == [0, 3]
+    assert Tokenizer.from_gguf(small).prompt('ab') == [0, 3, 0]
     with pytest.raises(UserError, match=message):
         Tokenizer.from_gguf(small | change)
 
 
 def test_missing_metadata_is_listed():
-    with pytest.raises(UserError, match='tokenizer.ggml.pre, .*tokenizer.chat_template'):
+    with pytest.raises(UserError, match='tokenizer.ggml.model, .*tokenizer.chat_template'):
         Tokenizer.from_gguf({})
+
+
+PIECES = ['<unk>', '<s>', *(f'<0x{byte:02X}>' for byte in range(256))]
+WORDS = ['\u2581', 't', 'h', 'e', 'th', '\u2581t', 'he', '\u2581the', '  ', '<s', '>', 's', '<']
+SENTENCEPIECE = {
+    'tokenizer.ggml.model': 'llama',
+    'tokenizer.ggml.tokens': PIECES + WORDS,
+    'tokenizer.ggml.scores': [0.0] * len(PIECES) + [-float(i) for i in range(len(WORDS))],
+    'tokenizer.ggml.token_type': [2, 3] + [6] * 256 + [1] * 8 + [4] + [1] * 4,
+    'tokenizer.ggml.bos_token_id': 1,
+    'tokenizer.chat_template': TURNS,
+}
+
+
+@pytest.mark.parametrize(
+    'prefix, text, pieces',
+    [
+        (True, 'the he', '\u2581 th e \u2581 he'),  # th comes before what would give \u2581the
+        (False, 'the the', 'th e \u2581 th e'),
+        (True, ' t', '\u2581 \u2581t'),
+        (False, 't\u00e9\nt', 't <0xC3> <0xA9> <0x0A> t'),
+        (False, 'he  he', 'he SPACES he'),
+        (False, '<s>', '<s >'),  # a control token in the text of a user is mere text
+    ],
+)
+def test_sentencepiece_of_gguf(prefix, text, pieces):
+    tokenizer = Tokenizer.from_gguf(SENTENCEPIECE | {'tokenizer.ggml.add_space_prefix': prefix})
+    ids = tokenizer.encode(text)
+    found = [(PIECES + WORDS)[i].replace('  ', 'SPACES') for i in ids]
+    assert ' '.join(found) == pieces
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.prompt(text) == [1, *ids, 1]
+
+
+def test_user_defined_tokens_are_whole(fields):
+    """As Qwen's <think>, wherever they stand."""
+    index = fields['tokenizer.ggml.tokens'].index('Hello')
+    kinds = list(fields['tokenizer.ggml.token_type'])
+    kinds[index] = 4
+    tokenizer = Tokenizer.from_gguf(fields | {'tokenizer.ggml.token_type': kinds})
+    assert index in tokenizer.encode('xxHelloxx')
+    assert index not in Tokenizer.from_gguf(fields).encode('xxHelloxx')
+    assert tokenizer.decode(tokenizer.encode('xxHelloxx')) == 'xxHelloxx'
 
 
 GEMMA = (

@@ -7,7 +7,7 @@ unsaid.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,6 @@ _REQUIRED = (
 )
 _GEMMA = {
     'attention_bias': False,
-    'attn_logit_softcapping': None,
     'final_logit_softcapping': None,
     'head_dim': 256,
     'hidden_act': None,
@@ -137,7 +136,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     'mistral': {
         **_COMMON,
-        'layer_types': None,
         'max_position_embeddings': 4096 * 32,
         'num_key_value_heads': 8,
         'rms_norm_eps': 1e-6,
@@ -193,6 +191,7 @@ _IRRELEVANT = frozenset(
 # Keys that must be false or absent, unless they are in the family's defaults.
 _UNSUPPORTED = (
     'add_cross_attention',
+    'attn_logit_softcapping',  # transformers itself leaves it out of Gemma 3
     'is_encoder_decoder',
     'mlp_bias',
     'rope_interleaved',
@@ -449,7 +448,8 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     optional = {
         'attention_bias': c.output_bias,
         'mlp_bias': c.mlp_bias,
-        'sliding_window': c.attention_window,
+        # Gemma 3 of transformers wants a window even if no layer is local.
+        'sliding_window': c.attention_window or defaults.get('sliding_window'),
         'use_sliding_window': any(c.local_layers),
         'layer_types': [
             'sliding_attention' if local else 'full_attention'
@@ -457,7 +457,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         ],
         'attn_logit_softcapping': c.attention_softcap,
         'final_logit_softcapping': c.logit_softcap,
-        'query_pre_attn_scalar': c.query_scale and round(c.query_scale**-2, 6),
+        'query_pre_attn_scalar': c.query_scale and round(c.query_scale**-2),
         'rope_local_base_freq': c.local_rope and c.local_rope.theta,
     }
     found |= {key: value for key, value in optional.items() if key in defaults}
@@ -531,26 +531,42 @@ def from_gguf(
     elif kind != 'none':
         raise UserError(f'rope scaling of type {kind!r} is not supported')
     gemma = family.startswith('gemma')
-    layers = range(picked['num_layers'])
-    local = {
-        'gemma2': tuple(layer % 2 == 0 for layer in layers),
-        'gemma3': tuple((layer + 1) % 6 != 0 for layer in layers),
-    }.get(family, ())
-    # As llama.cpp: the widest Gemma 2 (46 layers) scales by the width of a head of the model.
-    scaled = picked['width'] // picked['num_heads'] if len(layers) == 46 else head_dim
+    local = _gguf_local_layers(family, picked['num_layers'], get)
+    local_rope = Rope(float(get('rope.freq_base_swa', 10000.0))) if family == 'gemma3' else None
+    # As llama.cpp: the widest Gemmas scale by the width of a head of the model.
+    widest = picked['num_layers'] == {'gemma2': 46, 'gemma3': 62}.get(family)
+    scaled = picked['width'] // picked['num_heads'] if widest else head_dim
+    caps = (50.0, 30.0) if family == 'gemma2' else (None, None)  # llama.cpp's defaults
     return DecoderConfig(
         **picked,
         num_kv_heads=get('attention.head_count_kv', picked['num_heads']),
         head_dim=head_dim,
         tie_embeddings=tie_embeddings,
         rope=Rope(float(get('rope.freq_base', 10000.0)), rope_divisors),
-        local_rope=Rope(10000.0) if family == 'gemma3' else None,
-        attention_window=get('attention.sliding_window') if any(local) else None,
+        local_rope=local_rope if any(local) else None,
+        attention_window=get('attention.sliding_window', 4096) if any(local) else None,
         local_layers=local,
         activation='gelu_tanh' if gemma else 'silu',
         qkv_bias=family == 'qwen2',
-        attention_softcap=get('attn_logit_softcapping'),
-        logit_softcap=get('final_logit_softcapping'),
+        attention_softcap=get('attn_logit_softcapping', caps[0]) or None,
+        logit_softcap=get('final_logit_softcapping', caps[1]) or None,
         query_scale=scaled**-0.5 if gemma else None,
         **_unsaid(family, picked['width']),
     )
+
+
+def _gguf_local_layers(family: str, num_layers: int, get: Callable[..., Any]) -> tuple[bool, ...]:
+    """As llama.cpp: the last layer of each period is global, unless flags say otherwise."""
+    window = get('attention.sliding_window')
+    if family == 'gemma2' or (family == 'gemma3' and window):
+        pattern = get('attention.sliding_window_pattern', 2 if family == 'gemma2' else 6)
+        if isinstance(pattern, list):
+            local = tuple(map(bool, pattern))
+        else:
+            local = tuple(not pattern or (i + 1) % pattern != 0 for i in range(num_layers))
+        if len(local) != num_layers:
+            raise UserError(f'{family}: {len(local)} flags of local layers, {num_layers} layers')
+        return local if any(local) else ()
+    if window:
+        raise UserError(f'{family}.attention.sliding_window = {window} is not supported')
+    return ()

@@ -12,11 +12,12 @@ import jinja2
 import numpy as np
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from hyperlora.errors import UserError
 
-_CONTROL = 3  # in tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # in tokenizer.ggml.token_type
+_SPACE = '\u2581'  # SentencePiece's mark of a space
 _HOLE = '\ue000content\ue000'  # private-use characters: no template holds this string
 _DEFAULT_SYSTEM = re.compile(
     r"\{%-? if loop\.first and messages\[0\]\['role'\] != 'system' -?%\}.*?\{%-? endif -?%\}",
@@ -28,22 +29,19 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` with the chat template of its model.
 
     Control tokens come from the template alone: in the text of a user they are mere text.
-    `eos_id` is the token that ends an answer.
+    `eos_id` is the token that ends an answer: the one that the template puts after it.
     """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
         template: str,
-        eos_id: int | None = None,
         names: Mapping[str, str] | None = None,
     ):
         """Takes over `backend`, whose control tokens must be added special tokens.
 
         Args:
           template: Jinja source of the chat template.
-          eos_id: the token that ends an answer; None for the one that the template puts after an
-            assistant's message.
           names: other variables of the template, such as `bos_token`.
 
         Raises:
@@ -55,40 +53,35 @@ class Tokenizer:
             True: self._frame(template),
             False: self._frame(_DEFAULT_SYSTEM.sub('', template)),
         }
-        self.eos_id = self._end_of_answer(template) if eos_id is None else eos_id
+        self.eos_id = self._end_of_answer(template)
         backend.encode_special_tokens = True  # as mere text; the frames are already encoded
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any]) -> 'Tokenizer':
-        """Builds the byte-level BPE that the metadata of a GGUF file describes.
+        """Builds the BPE, of bytes or of SentencePiece, that the metadata of a GGUF file describes.
 
-        Raises UserError if a field is missing or the way to split words is not supported.
+        Raises UserError if a field is missing or the kind of tokenizer is not supported.
         """
-        names = {
-            'pre': 'tokenizer.ggml.pre',
-            'tokens': 'tokenizer.ggml.tokens',
-            'token_type': 'tokenizer.ggml.token_type',
-            'merges': 'tokenizer.ggml.merges',
-            'eos_id': 'tokenizer.ggml.eos_token_id',
-            'template': 'tokenizer.chat_template',
-        }
-        missing = [name for name in names.values() if name not in fields]
-        if missing:
-            raise UserError(f'the GGUF file lacks {", ".join(missing)}')
-        pre, tokens, kinds, merges, eos_id, template = (fields[name] for name in names.values())
-        if pre not in _PRE_TOKENIZERS:
-            known = ', '.join(_PRE_TOKENIZERS)
-            raise UserError(f'{names["pre"]} {pre!r} is not supported (only {known})')
-        vocabulary = {token: index for index, token in enumerate(tokens)}
-        # No unknown token: it would be a control token that user text could bring about.
-        backend = tokenizers.Tokenizer(
-            models.BPE(vocab=vocabulary, merges=[tuple(merge.split(' ')) for merge in merges])
+        model, tokens, kinds, template = _gguf(
+            fields, 'ggml.model', 'ggml.tokens', 'ggml.token_type', 'chat_template'
         )
-        backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-        backend.decoder = decoders.ByteLevel()
-        control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
-        backend.add_special_tokens(control)
-        return cls(backend, template, eos_id)
+        if model not in _BACKENDS:
+            known = ', '.join(_BACKENDS)
+            raise UserError(f'tokenizer.ggml.model {model!r} is not supported (only {known})')
+        backend = _BACKENDS[model](fields)
+        by_kind: dict[int, list[str]] = {}
+        for token, kind in zip(tokens, kinds, strict=True):
+            by_kind.setdefault(kind, []).append(token)
+        backend.add_special_tokens(by_kind.get(_CONTROL, []))
+        backend.add_tokens(
+            [tokenizers.AddedToken(t, normalized=False) for t in by_kind.get(_USER_DEFINED, [])]
+        )
+        names = {}
+        for name in ('bos', 'eos'):
+            index = fields.get(f'tokenizer.ggml.{name}_token_id')
+            if index is not None:
+                names[f'{name}_token'] = tokens[index]
+        return cls(backend, template, names)
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> 'Tokenizer':
@@ -122,7 +115,7 @@ class Tokenizer:
             for key, value in settings.items()
             if key.endswith('_token') and isinstance(value, str | dict)
         }
-        return cls(backend, template, names=names)
+        return cls(backend, template, names)
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, as `from_hf` and transformers read."""
@@ -173,8 +166,8 @@ class Tokenizer:
         pieces = [self._backend.id_to_token(i) or '' for i in range(len(texts))]
         starts = np.array(
             [
-                # SentencePiece's mark of a space is dropped when a token is decoded alone.
-                text[:1].isspace() or piece.startswith('\u2581')
+                # SentencePiece's mark is dropped when a token is decoded alone.
+                text[:1].isspace() or piece.startswith(_SPACE)
                 for text, piece in zip(texts, pieces, strict=True)
             ]
         )
@@ -226,6 +219,58 @@ class Tokenizer:
 
 def _raise(message: str):
     raise jinja2.TemplateError(message)
+
+
+def _gguf(fields: Mapping[str, Any], *names: str) -> list[Any]:
+    missing = [f'tokenizer.{name}' for name in names if f'tokenizer.{name}' not in fields]
+    if missing:
+        raise UserError(f'the GGUF file lacks {", ".join(missing)}')
+    return [fields[f'tokenizer.{name}'] for name in names]
+
+
+def _byte_bpe(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """BPE of bytes by its list of merges, as GPT-2's."""
+    pre, tokens, merges = _gguf(fields, 'ggml.pre', 'ggml.tokens', 'ggml.merges')
+    if pre not in _PRE_TOKENIZERS:
+        known = ', '.join(_PRE_TOKENIZERS)
+        raise UserError(f'tokenizer.ggml.pre {pre!r} is not supported (only {known})')
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    # No unknown token: it would be a control token that user text could bring about.
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[tuple(merge.split(' ')) for merge in merges])
+    )
+    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """BPE by the scores of its pieces, with bytes for other characters, as Gemma's and Llama 2's.
+
+    Of two pieces that could be merged, the one of the higher score is; only normal pieces are.
+    """
+    tokens, kinds, scores = _gguf(fields, 'ggml.tokens', 'ggml.token_type', 'ggml.scores')
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    normal = {token for token, kind in zip(tokens, kinds, strict=True) if kind == _NORMAL}
+    pairs = [
+        (scores[vocabulary[token]], at, token)
+        for token in normal
+        for at in range(1, len(token))
+        if token[:at] in normal and token[at:] in normal
+    ]
+    merges = [(token[:at], token[at:]) for _, at, token in sorted(pairs, reverse=True)]
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
+    prefix = fields.get('tokenizer.ggml.add_space_prefix', True)
+    spaces = normalizers.Replace(' ', _SPACE)
+    backend.normalizer = (
+        normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
+    )
+    steps = [decoders.Replace(_SPACE, ' '), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps + [decoders.Strip(' ', left=1)] * prefix)
+    return backend
+
+
+_BACKENDS = {'gpt2': _byte_bpe, 'llama': _sentencepiece}  # by tokenizer.ggml.model
 
 
 def _byte_level() -> pre_tokenizers.PreTokenizer:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hyperlora.errors import UserError
 from hyperlora.models import families, quantization
@@ -297,45 +298,62 @@ def save_hf(
 ) -> None:
     """Writes a Hugging Face model folder: safetensors, their index and config.json.
 
-    config.json comes last: a folder without it is not complete.
+    Nothing is left behind if writing fails. config.json comes last: a folder without it is not
+    complete.
 
     Args:
+      directory: an existing folder.
       hf_config: contents of config.json.
       shard_bytes: files are begun anew past this size.
+
+    Raises:
+      UserError: the folder cannot be written to, or the disk is full.
     """
     directory = Path(directory)
-    shards: list[dict[str, np.ndarray]] = [{}]
-    files: list[list[str]] = []
-    size = 0
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix='.partial-') as partial:
+            for path in _write_hf(Path(partial), params, config, hf_config, shard_bytes):
+                path.replace(directory / path.name)
+    except OSError as e:
+        raise UserError(f'cannot write a model to {directory} ({e})') from e
 
-    def write():
-        path = directory / f'part-{len(files)}.safetensors'
-        # Not save_file, whose files only their owner can read.
-        path.write_bytes(safetensors.numpy.save(shards[0], {'format': 'pt'}))
-        files.append(list(shards[0]))
-        shards[0] = {}
 
+def _write_hf(directory, params, config, hf_config, shard_bytes) -> list[Path]:
+    """The files of `save_hf`, in the order in which they are to appear."""
+    shards: list[list[str]] = []  # names of the tensors in each
     total = 0
+
+    def part(index):
+        return directory / f'part-{index}'
+
+    def write(tensors):
+        # Not save_file, whose files only their owner can read.
+        part(len(shards)).write_bytes(safetensors.numpy.save(tensors, {'format': 'pt'}))
+        shards.append(list(tensors))
+
+    tensors, size = {}, 0
     for name, array in to_hf(params, config):
-        if shards[0] and size + array.nbytes > shard_bytes:
-            write()
-            size = 0
-        shards[0][name] = np.ascontiguousarray(array)
+        if tensors and size + array.nbytes > shard_bytes:
+            write(tensors)
+            tensors, size = {}, 0
+        tensors[name] = np.ascontiguousarray(array)
         size += array.nbytes
         total += array.nbytes
-    write()
+    write(tensors)
+    count = len(shards)
     names = ['model.safetensors']
-    if len(files) > 1:
-        count = len(files)
+    if count > 1:
         names = [f'model-{i + 1:05}-of-{count:05}.safetensors' for i in range(count)]
-        index = {
-            'metadata': {'total_size': total},
-            'weight_map': {key: names[i] for i, keys in enumerate(files) for key in keys},
-        }
-        (directory / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2))
-    for i, name in enumerate(names):
-        (directory / f'part-{i}.safetensors').replace(directory / name)
-    (directory / 'config.json').write_text(json.dumps(dict(hf_config), indent=2) + '\n')
+    files = [part(i).replace(directory / name) for i, name in enumerate(names)]
+    texts = {'config.json': dict(hf_config)}
+    if count > 1:
+        weight_map = {key: names[i] for i, keys in enumerate(shards) for key in keys}
+        index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+        texts = {'model.safetensors.index.json': index, **texts}
+    for name, content in texts.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + '\n')
+        files.append(directory / name)
+    return files
 
 
 def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
@@ -424,9 +442,14 @@ def fingerprint(params: Mapping) -> str:
 
 def records(arrays: Mapping[str, Any]) -> dict[str, bytes]:
     """What the fingerprint sees of each of these parameters, named by their paths."""
-    # Only the samples leave the device, and one compilation serves them all.
-    on_device = all(isinstance(array, jax.Array) for array in arrays.values())
-    samples = (jax.jit(_sample) if on_device else _sample)(arrays)
+    sample = _sample
+    if all(isinstance(array, jax.Array) for array in arrays.values()):
+        # Only the samples leave the devices, all of them to each process; compiled once for all.
+        place = next(iter(arrays.values())).sharding
+        if isinstance(place, NamedSharding):
+            place = NamedSharding(place.mesh, PartitionSpec())
+        sample = jax.jit(_sample, out_shardings=place)
+    samples = sample(arrays)
     return {
         path: f'{path} {tuple(array.shape)}'.encode()
         + np.asarray(samples[path]).astype(ml_dtypes.bfloat16).tobytes()

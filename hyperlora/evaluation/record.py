@@ -1,0 +1,56 @@
+"""metrics.json of an evaluation: written after every part, so that an evaluation can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from hyperlora.errors import UserError
+
+
+def digest(params: Any) -> str:
+    """Tells the weights of two steps of a training apart."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()[:16]
+
+
+def resume(path: pathlib.Path, settings: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """The metrics so far; `settings` and `fresh` if there are none.
+
+    Raises:
+      UserError: the file is damaged, or of an evaluation with other settings.
+    """
+    settings = json.loads(json.dumps(settings))  # as the file gives them back
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+        changes = [
+            f'{key}: {found[key]} -> {value}'
+            for key, value in settings.items()
+            if found[key] != value
+        ]
+    except FileNotFoundError:
+        return {**settings, **fresh}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f'{path} is not that of this evaluation ({e!r}); use another workdir'
+        ) from e
+    if changes:
+        raise UserError(
+            f'{path} is of an evaluation with other settings ({", ".join(changes)}); '
+            'use another workdir'
+        )
+    return found
+
+
+def write(path: pathlib.Path, metrics: dict[str, Any]) -> None:
+    """Replaces the file at once."""
+    partial = path.with_suffix('.partial')
+    partial.write_text(json.dumps(metrics, indent=2) + '\n', encoding='utf-8')
+    partial.replace(path)
