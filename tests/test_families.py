@@ -124,6 +124,16 @@ def test_released_configs_that_say_little():
     assert config.attention_window == 1024 and config.query_scale == 1 / 16
 
 
+def test_what_transformers_would_not_compute_is_refused():
+    """It does not bound the scores of Gemma 3 and makes no layer of Mistral local by itself."""
+    with pytest.raises(UserError, match='attn_logit_softcapping = 50.0 is not supported'):
+        families.from_hf(config_json('gemma3_text') | {'attn_logit_softcapping': 50.0})
+    config = config_json('mistral')
+    kinds = ['full_attention'] * config['num_hidden_layers']
+    with pytest.raises(UserError, match='layer_types'):
+        families.from_hf(config | {'layer_types': kinds})
+
+
 def test_qwen2_has_biases_on_q_k_and_v():
     base = {
         'model_type': 'qwen2',
@@ -194,3 +204,5 @@ def test_a_config_can_be_written(family):
         config = dataclasses.replace(config, rope=Rope(5e5, (4.0,) * (config.head_dim // 2)))
     written = json.loads(json.dumps(families.to_hf(config)))
     assert written['model_type'] == family and families.from_hf(written) == config
+    if 'gemma' in family:  # as transformers insists
+        assert isinstance(written['query_pre_attn_scalar'], int) and written['sliding_window']

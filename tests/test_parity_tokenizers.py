@@ -10,7 +10,6 @@ from hyperlora.models import weights
 from hyperlora.models.tokenizers import Tokenizer
 
 sentencepiece = pytest.importorskip('sentencepiece')
-transformers = pytest.importorskip('transformers')
 
 TEMPLATE = (
     '{{ bos_token }}{% for m in messages %}'
@@ -112,6 +111,8 @@ def test_ids_are_those_of_sentencepiece(trained):
 
 def test_ids_are_those_of_transformers(trained):
     """But for a space at the start, to which SentencePiece adds one and transformers does not."""
+    pytest.importorskip('torch')
+    transformers = pytest.importorskip('transformers')
     _, tokenizer, folder = trained
     theirs = transformers.AutoTokenizer.from_pretrained(folder, gguf_file='x.gguf')
     for text in [*TEXTS, *random_texts(100)]:

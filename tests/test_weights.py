@@ -233,6 +233,50 @@ def test_gguf_errors(tmp_path):
         load_gguf(path, np.float32)
 
 
+def gguf_fields(family, **changes):
+    keys = {
+        'vocab_size': 96,
+        'block_count': 8,
+        'embedding_length': 64,
+        'feed_forward_length': 96,
+        'attention.head_count': 2,
+        'attention.key_length': 16,
+        'attention.layer_norm_rms_epsilon': 1e-6,
+        'context_length': 128,
+        'attention.sliding_window': 32,
+    }
+    return {
+        'general.architecture': family,
+        **{f'{family}.{key}': value for key, value in (keys | changes).items()},
+    }
+
+
+def test_gguf_of_gemma():
+    """What llama.cpp knows without being told."""
+
+    def read(family, **changes):
+        return families.from_gguf(gguf_fields(family, **changes), tie_embeddings=True)
+
+    gemma = read('gemma2')
+    assert gemma.local_layers == (True, False) * 4 and gemma.attention_window == 32
+    assert (gemma.attention_softcap, gemma.logit_softcap) == (50.0, 30.0)
+    assert gemma.query_scale == read('gemma3').query_scale == 1 / 4
+    # The widest of each generation scale by the width of the model over its heads.
+    assert read('gemma2', block_count=46).query_scale == 32**-0.5
+    assert read('gemma3', block_count=62).query_scale == 32**-0.5
+    gemma = read('gemma3')
+    assert [i for i, local in enumerate(gemma.local_layers) if not local] == [5]
+    assert gemma.local_rope == Rope(10000.0) and gemma.logit_softcap is None
+    assert read('gemma3', **{'attention.sliding_window': 0}).local_layers == ()
+    assert read('gemma3', **{'rope.freq_base_swa': 50.0}).local_rope == Rope(50.0)
+    period = {'attention.sliding_window_pattern': 4}
+    assert read('gemma3', **period).local_layers == (True, True, True, False) * 2
+    with pytest.raises(UserError, match='3 flags of local layers, 8 layers'):
+        read('gemma3', **{'attention.sliding_window_pattern': [True] * 3})
+    with pytest.raises(UserError, match='llama.attention.sliding_window = 32 is not supported'):
+        read('llama')
+
+
 def test_hf_configs():
     assert families.from_hf(HF) == TINY
     flat = {key: value for key, value in HF.items() if key != 'rope_theta'}

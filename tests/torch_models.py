@@ -81,6 +81,8 @@ def random_config(family, seed, **changes):
             settings['layer_types'] = kinds
     if family == 'qwen2':
         settings['hidden_size'] = settings['num_attention_heads'] * settings.pop('head_dim')
+    if family in ('llama', 'mistral') and draw(True, False):
+        settings.pop('head_dim')
     return transformers.AutoConfig.for_model(family, **settings | changes)
 
 
