@@ -44,7 +44,12 @@ class Internalizer:
     """
 
     def __init__(self, trained: Trained, iterative: bool = False):
-        """`iterative` runs the Perceiver layer by layer or chunk by chunk: less memory, slower."""
+        """`iterative` runs the Perceiver layer by layer or chunk by chunk: less memory, slower.
+
+        Raises:
+          UserError: the checkpoint does not read documents.
+        """
+        trained.require('doc_to_lora')
         self.trained = trained
         self._run = functools.partial(
             _generate(trained),

@@ -35,6 +35,16 @@ class Trained:
     hypernetwork: Hypernetwork
     params: Any
 
+    def require(self, name: str) -> None:
+        """Refuses a hypernetwork of another kind.
+
+        Raises:
+          UserError: it is not a `name`.
+        """
+        found = self.config.hypernetwork.name
+        if found != name:
+            raise UserError(f'the checkpoint is a {found}; a {name} is needed here')
+
 
 def load(
     checkpoint: str, base: BaseModel | None = None, quantization: str | None = None

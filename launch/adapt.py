@@ -1,9 +1,10 @@
-"""Internalises a document: writes a LoRA that lets the base model answer questions about it.
+"""Writes a LoRA: of a document that it internalises, or of a task that is described to it.
 
-    python -m launch.adapt --checkpoint=NAME_OR_DIR --document=FILE --output=DIR
-        [--iterative] [--format=peft] [--base_quantization=int8]
+    python -m launch.adapt --checkpoint=NAME_OR_DIR --document=FILE --output=DIR [--iterative]
+    python -m launch.adapt --checkpoint=NAME_OR_DIR --task="DESCRIPTION" --output=DIR
 
-The LoRA is a PEFT adapter; ask it with launch.ask.
+Both take [--format=peft] [--base_quantization=int8]. The LoRA is a PEFT adapter; ask it with
+launch.ask.
 """
 
 import hashlib
@@ -11,44 +12,67 @@ import time
 
 from absl import flags
 
+from hyperlora.errors import UserError
 from launch import cli
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'smollm2-niah', 'Shipped weights or a folder.')
-_DOCUMENT = flags.DEFINE_string('document', None, 'UTF-8 text file.', required=True)
+_DOCUMENT = flags.DEFINE_string('document', None, 'UTF-8 text file.')
+_TASK = flags.DEFINE_string('task', None, 'Description of a task.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the adapter.', required=True)
 _FORMAT = flags.DEFINE_enum('format', 'peft', ['peft'], 'Layout of the adapter.')
+_ITERATIVE = flags.DEFINE_bool('iterative', False, 'Less memory, slower; of documents.')
 _QUANTIZATION = flags.DEFINE_enum(
     'base_quantization',
     None,
     ['none', 'int8', 'int4'],
-    'Of the frozen base model; default: as in the training.',
+    'Of the frozen base model; by default as in the training.',
 )
-_ITERATIVE = flags.DEFINE_bool('iterative', False, 'Less memory, slower.')
+
+
+def internalize(model, text):
+    """(LoRA, what was read) of a document."""
+    from d2l.internalize import Internalizer
+
+    internalizer = Internalizer(model, _ITERATIVE.value)
+    tokens = model.hypernetwork.encoder.tokenizer.encode(text)
+    read = f'{len(tokens)} tokens in {len(internalizer.split(tokens))} chunks'
+    return internalizer(tokens), read
+
+
+def specialize(model, text):
+    """(LoRA, what was read) of a description of a task."""
+    from t2l.specialize import Specializer
+
+    return Specializer(model)([text]), f'{len(text)} characters'
 
 
 def main(_):
-    text = cli.read_text(_DOCUMENT.value)
+    if (_DOCUMENT.value is None) == (_TASK.value is None):
+        raise UserError('give one of --document and --task')
+    document = _TASK.value is None
+    text = cli.read_text(_DOCUMENT.value) if document else _TASK.value
     output = cli.writable_directory(_OUTPUT.value)
     import jax
 
-    from d2l.internalize import Internalizer
     from hyperlora import adapters, trained
 
     model = trained.load(_CHECKPOINT.value, quantization=_QUANTIZATION.value)
-    tokens = model.hypernetwork.encoder.tokenizer.encode(text)
-    internalizer = Internalizer(model, _ITERATIVE.value)
     start = time.perf_counter()
-    lora = jax.block_until_ready(internalizer(tokens))
+    lora, read = (internalize if document else specialize)(model, text)
+    jax.block_until_ready(lora)
     seconds = time.perf_counter() - start
     metadata = {
         'base_fingerprint': model.base.fingerprint,
         'hypernetwork': _CHECKPOINT.value,
-        'document_sha256': hashlib.sha256(text.encode()).hexdigest(),
     }
+    if document:
+        metadata['document_sha256'] = hashlib.sha256(text.encode()).hexdigest()
+    else:
+        metadata['task'] = text
     adapters.save(lora, output, model.base.name, metadata)
     print(
-        f'{len(tokens)} tokens in {len(internalizer.split(tokens))} chunks -> LoRA of rank '
-        f'{lora.rank}, {lora.nbytes} bytes, in {output}; {seconds:.1f} s with compilation'
+        f'{read} -> LoRA of rank {lora.rank}, {lora.nbytes} bytes, in {output}; '
+        f'{seconds:.1f} s with compilation'
     )
 
 

@@ -22,6 +22,7 @@ flags.mark_flags_as_required(['config', 'workdir'])
 # By config.name: a function (config, checkpoint, workdir).
 _EVALUATIONS = {
     'eval_niah': 'd2l.evaluation:evaluate',
+    'eval_t2l': 't2l.evaluation:evaluate',
 }
 
 

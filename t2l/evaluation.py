@@ -6,6 +6,7 @@ reads its input at all.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import string
 import time
@@ -21,9 +22,9 @@ from hyperlora.evaluation import record
 from hyperlora.generation import answer
 from hyperlora.lora import Lora
 from hyperlora.models.base import BaseModel
-from t2l.collections import collect
+from t2l.collections import READERS
 from t2l.specialize import Specializer
-from t2l.tasks import Example, Task
+from t2l.tasks import Example, Task, check_descriptions, field, parse
 
 _ROWS = 64  # prompts per batch
 
@@ -149,8 +150,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     specializer = Specializer(trained.load(checkpoint))
     settings = specializer.trained.config
     held_out = {name for s in settings.data.sources for name in s.get('held_out', ())}
-    collection = collect(ConfigDict({'sources': _sources(config), 'check': False}))
-    tasks = [*collection.train, *collection.held_out]
+    tasks = _tasks(config)
     if config.only_held_out:
         tasks = [task for task in tasks if task.name in held_out]
     if not tasks:
@@ -193,9 +193,34 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
         print(f'{group}: ' + '  '.join(f'{name} {score:.3f}' for name, score in scores.items()))
 
 
-def _sources(config: ConfigDict) -> list[dict]:
-    sources = [{'reader': 'json', 'path': config.tasks}] if config.tasks else []
-    return sources + [{'reader': 'generated'}] * config.generated
+def _tasks(config: ConfigDict) -> list[Task]:
+    """The tasks of the config, each with a description.
+
+    Raises:
+      UserError: one has no description or no test example, or two have one name.
+    """
+    tasks = READERS['json'](config.tasks) if config.tasks else []
+    if config.generated:
+        tasks += READERS['generated']()
+    path = pathlib.Path(config.descriptions)
+    given = parse(path) if config.descriptions else {}
+    found = {}
+    for task in tasks:
+        if task.name in found:
+            raise UserError(f'two tasks are named {task.name!r}')
+        if not task.test:
+            raise UserError(f'task {task.name!r} has no test examples')
+        if not (task.descriptions or task.test_descriptions):
+            if task.name not in given:
+                raise UserError(
+                    f'task {task.name!r} has no description: give some in a YAML file '
+                    '(task name: list of texts) as --config.descriptions'
+                )
+            texts = field(given, task.name, list, str(path))
+            texts = check_descriptions(texts, f'{path}: {task.name}')
+            task = dataclasses.replace(task, test_descriptions=texts)
+        found[task.name] = task
+    return list(found.values())
 
 
 def _averages(metrics: dict) -> dict[str, dict[str, float]]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from hyperlora.errors import UserError
 from hyperlora.lora import Lora
 from hyperlora.trained import Trained
 
@@ -20,11 +19,7 @@ class Specializer:
 
     def __init__(self, trained: Trained):
         """Raises UserError if the checkpoint does not read descriptions."""
-        if trained.config.hypernetwork.name != 'text_to_lora':
-            raise UserError(
-                f'the checkpoint is a {trained.config.hypernetwork.name}: it does not read '
-                'descriptions of tasks'
-            )
+        trained.require('text_to_lora')
         self.trained = trained
         self._generate = jax.jit(trained.hypernetwork.generate)
 
