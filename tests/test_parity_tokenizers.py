@@ -11,6 +11,7 @@ from hyperlora.models.tokenizers import Tokenizer
 
 sentencepiece = pytest.importorskip('sentencepiece')
 
+LICENSE = pathlib.Path(__file__).parents[1] / 'LICENSE'
 TEMPLATE = (
     '{{ bos_token }}{% for m in messages %}'
     "{{ '<turn>' + m['role'] + '\n' + m['content'] + '<end>' }}"
@@ -38,10 +39,10 @@ def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     gemma = request.param == 'gemma2'
     sentencepiece.SentencePieceTrainer.train(
-        input=[__file__, str(pathlib.Path(weights.__file__))],
+        input=str(LICENSE),
         model_prefix=str(folder / 'pieces'),
         model_type='bpe',
-        vocab_size=800,
+        vocab_size=700,
         normalization_rule_name='identity',
         add_dummy_prefix=not gemma,
         remove_extra_whitespaces=False,
@@ -92,9 +93,8 @@ def trained(request, tmp_path_factory):
 def random_texts(count):
     rng = random.Random(0)
     alphabet = 'aaabbcdeehilnooprsttu    \t\n\n.,()[]_=01239\u00e9\u4e2d\U0001f600'
-    sources = [pathlib.Path(__file__).read_text(), pathlib.Path(weights.__file__).read_text()]
-    for i in range(count):
-        source = sources[i % 2]
+    source = LICENSE.read_text()
+    for _ in range(count):
         at = rng.randrange(len(source) - 80)
         noise = ''.join(rng.choices(alphabet, k=rng.randrange(40)))
         yield source[at : at + rng.randrange(80)] + noise
@@ -110,13 +110,14 @@ def test_ids_are_those_of_sentencepiece(trained):
 
 
 def test_ids_are_those_of_transformers(trained):
-    """But for a space at the start, to which SentencePiece adds one and transformers does not."""
+    """But for a space at the start, to which SentencePiece adds one and transformers does not, and
+    runs of spaces longer than any piece, which transformers divides otherwise."""
     pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     _, tokenizer, folder = trained
     theirs = transformers.AutoTokenizer.from_pretrained(folder, gguf_file='x.gguf')
     for text in [*TEXTS, *random_texts(100)]:
-        if not text.startswith(' '):
+        if not text.startswith(' ') and ' ' * (len(SPACES) + 2) not in text:
             wanted = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
             assert tokenizer.encode(text) == wanted, text
     if 'gemma2' in folder.name:  # Llama's prefix after a control token is a matter of opinion
