@@ -17,6 +17,7 @@ import qwix
 from conftest import GOLDEN, TINY, read_golden, tiny_base, tiny_training
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from d2l import haystacks
 from d2l.internalize import Answerer, Internalizer, Question
 from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
 from hyperlora import lora, meta_learning, sharding, trained
@@ -143,8 +144,8 @@ def test_logits(name, kind, bound):
     # Both ways to run the layers compute with the dequantized weights, and nothing else.
     exact = logits(config, dequantized(small), tokens)
     np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
-    hidden = Decoder(config).apply({'params': small}, tokens).hidden
-    first, _ = first_layers(config, small, tokens, config.num_layers)
+    hidden = jax.jit(lambda p: Decoder(config).apply({'params': p}, tokens).hidden)(small)
+    first = jax.jit(lambda p: first_layers(config, p, tokens, config.num_layers)[0])(small)
     np.testing.assert_allclose(first, hidden, rtol=0, atol=1e-5 * np.abs(hidden).max())
 
 
@@ -317,14 +318,11 @@ def test_training_on_a_quantized_base(tmp_path, monkeypatch):
     assert asked == ['int8', 'int8', 'none']
 
 
-@pytest.mark.slow
 def test_the_shipped_weights_find_the_needle_with_a_quantized_base():
     model = trained.load('smollm2-niah', quantization='int8')
     tokenizer = model.base.tokenizer
     rng = np.random.default_rng(5)
     numbers = random_numbers(rng, 4)
-    from d2l import haystacks
-
     writer, question = Writer(tokenizer), tokenizer.prompt(QUESTION)
     questions = [
         Question(writer.write(rng, haystacks.grass, 300, NEEDLE.format(n)).tokens, question)
