@@ -177,23 +177,24 @@ def check_meta(saved: dict, current: dict):
 
     Args:
       saved: record from `Checkpointer.meta`.
-      current: record of this run, with 'base_fingerprint' (str) and 'config' (nested dict).
-        Settings named in HARMLESS_SETTINGS may differ.
+      current: record of this run, with the fingerprints of base model and encoder (str) and
+        'config' (nested dict). Settings named in HARMLESS_SETTINGS may differ.
 
     Raises:
-      UserError: another base model, or changed settings.
+      UserError: another base model or encoder, or changed settings.
     """
-    missing = {'base_fingerprint', 'config'} - set(saved)
+    missing = current.keys() - saved.keys()
     if missing:
         raise UserError(
             f'the checkpoint has no {" and ".join(sorted(missing))}: it was not written by this '
             'program; use another workdir'
         )
-    if saved['base_fingerprint'] != current['base_fingerprint']:
-        raise UserError(
-            f'the checkpoint was trained on base model {saved["base_fingerprint"]}, this run uses '
-            f'{current["base_fingerprint"]}: use another workdir or the old base model'
-        )
+    for key, name in (('base_fingerprint', 'base model'), ('encoder_fingerprint', 'encoder')):
+        if saved[key] != current[key]:
+            raise UserError(
+                f'the checkpoint was trained with the {name} {saved[key]}, this run uses '
+                f'{current[key]}: use another workdir or the old {name}'
+            )
     old, new = _settings(saved['config']), _settings(current['config'])
     changes = [
         f'{key}: {old.get(key, "absent")} -> {new.get(key, "absent")}'

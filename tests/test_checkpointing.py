@@ -19,6 +19,7 @@ from hyperlora.errors import UserError
 
 META = {
     'base_fingerprint': 'aaa',
+    'encoder_fingerprint': 'aaa',
     'config': {'rank': 8, 'model': {'shape': (1, 2)}, 'log_every': 1},
 }
 
@@ -196,10 +197,11 @@ def test_another_model_is_refused(saved, change):
 
 
 def test_check_meta():
-    saved = {'base_fingerprint': 'aaa', 'config': {'rank': 8, 'model': {'shape': [1, 2]}}}
+    saved = {**META, 'config': {'rank': 8, 'model': {'shape': [1, 2]}}}
     checkpointing.check_meta(saved, META)
-    with pytest.raises(UserError, match='aaa.*bbb'):
-        checkpointing.check_meta(saved, {**META, 'base_fingerprint': 'bbb'})
+    for key, name in (('base_fingerprint', 'base model'), ('encoder_fingerprint', 'encoder')):
+        with pytest.raises(UserError, match=f'{name} aaa.*bbb'):
+            checkpointing.check_meta(saved, {**META, key: 'bbb'})
     changed = {**META, 'config': {'rank': 4, 'model': {'shape': (1, 3)}}}
     with pytest.raises(UserError, match=r'shape: \[1, 2\] -> \[1, 3\], rank: 8 -> 4.*workdir'):
         checkpointing.check_meta(saved, changed)

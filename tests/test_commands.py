@@ -202,7 +202,11 @@ def test_export_of_a_training(command, untrained, base, tmp_path):
     config, params = untrained
     saver = checkpointing.Checkpointer(tmp_path / 'run' / 'checkpoints', 1, 2)
     data = iter(grain.MapDataset.range(9).to_iter_dataset())
-    meta = {'config': config.to_dict(), 'base_fingerprint': base.fingerprint}
+    meta = {
+        'config': config.to_dict(),
+        'base_fingerprint': base.fingerprint,
+        'encoder_fingerprint': base.fingerprint,
+    }
     for step in (2, 10):
         state = meta_learning.TrainState(step, jax.tree.map(lambda x, s=step: x * s, params), {})
         saver.save(step, state, data, meta)

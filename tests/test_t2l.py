@@ -1,0 +1,313 @@
+"""Text-to-LoRA: the losses of the original, the hypernetwork's start, and its training data."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import read_golden, tiny_base
+from ml_collections import ConfigDict
+from test_convert import find, mistral
+
+import t2l.build
+from hyperlora import objectives, torch_files
+from hyperlora.errors import UserError
+from hyperlora.hypernetwork import Hypernetwork
+from hyperlora.meta_learning import Learner
+from hyperlora.models.base import load_params
+from hyperlora.models.decoder import Decoder
+from launch.convert import convert
+from t2l.data import TaskGroups, pack
+from t2l.hypernetwork import TextToLora, TextToLoraConfig
+from t2l.tasks import Example, Task
+from t2l.upstream import params_from_upstream
+
+IGNORED = -100
+SIZES = {'L': {}, 'M': {'shared_head': True}, 'S': {'shared_head': True, 'per_rank': True}}
+
+
+def make(**settings):
+    shape = {
+        'num_layers': 3,
+        'dims': (('down_proj', 48, 32), ('q_proj', 32, 32)),
+        'rank': 4,
+        'scaling': 2.0,
+        'embedding_width': 24,
+        'latent_size': 16,
+        'head_width': 20,
+    }
+    return TextToLora(TextToLoraConfig(**{**shape, **settings}))
+
+
+# -------------------------------------------------------------------------- against the original
+
+
+@pytest.fixture(scope='module')
+def original():
+    """(arrays of the reference, learner's parts, parameters, frozen parameters, batch)."""
+    case = 't2l_d_sft_linear'
+    _, arrays = read_golden(case)
+    params, record = convert(find(f'{case}_ckpt', 'hypermod.pt'), mistral(), dtype='float32')
+    config, base, _ = load_params(mistral())
+    module = t2l.build.make_module(ConfigDict(record['config']['hypernetwork']), config)
+    labels = arrays['in/labels'][:, 1:]
+    labelled = labels != IGNORED
+    positions = np.tile(np.arange(labels.shape[1], dtype=np.int32), (len(labels), 1))
+    query = {
+        'tokens': arrays['in/input_ids'].astype(np.int32),
+        'labels': np.where(labelled, labels, 0).astype(np.int32),
+        'label_positions': positions,
+        'label_weights': (labelled / labelled.sum(1, keepdims=True)).astype(np.float32),
+        'chunk_weights': np.eye(2, dtype=np.float32),
+    }
+    batch = {'context': {'embedding': arrays['in/task_embs']}, 'query': query}
+    hyper = Hypernetwork(module, None, lambda _, context: (context['embedding'], None), {})
+    frozen = {'base': base, 'encoder': None}
+    return arrays, (hyper, Decoder(config)), params, frozen, batch
+
+
+def learner(parts, smoothing, l2=0.0):
+    objective = objectives.build(
+        ConfigDict({'name': 'cross_entropy', 'label_smoothing': smoothing, 'l2': l2})
+    )
+    return Learner(*parts, objective, groups=1, optimizer=optax.sgd(1.0))
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+@pytest.mark.parametrize('weighting', ['equal_sample', 'equal_token'])
+def test_losses(original, smoothing, weighting):
+    arrays, parts, params, frozen, batch = original
+    if weighting == 'equal_token':
+        weights = (batch['query']['label_weights'] > 0).astype(np.float32)
+        batch = {**batch, 'query': {**batch['query'], 'label_weights': weights}}
+    total, sums = jax.jit(learner(parts, smoothing, 1e-3).loss)(params, frozen, batch)
+    wanted = {
+        name: arrays[f'loss/{weighting}/ls{smoothing}/{name}']
+        for name in ('sft_loss', 'generated_w_l2_loss', 'per_token_acc')
+    }
+    loss, weight = sums['loss']
+    np.testing.assert_allclose(loss / weight, wanted['sft_loss'], rtol=1e-5)
+    l2 = 1e-3 * sums['l2'][0] / sums['l2'][1]
+    np.testing.assert_allclose(l2, wanted['generated_w_l2_loss'][0], rtol=1e-5)
+    np.testing.assert_allclose(total / weight, loss / weight + l2, rtol=1e-6)
+    if weighting == 'equal_token':
+        right, count = sums['accuracy']
+        np.testing.assert_allclose(right / count, wanted['per_token_acc'], rtol=1e-6)
+
+
+def test_gradients_of_every_parameter(original):
+    arrays, parts, params, frozen, batch = original
+    gradient = jax.jit(jax.grad(learner(parts, 0.1, 1e-3).loss, has_aux=True))
+    ours, sums = gradient(params, frozen, batch)
+    state = torch_files.load(f'{find("t2l_d_sft_linear_ckpt", "hypermod.pt")}/hypermod.pt')
+    # The mapping only renames and transposes, so it carries gradients as well.
+    grads = {k: arrays.get(f'grad/{k}', np.zeros_like(v)) for k, v in state.items()}
+    wanted = params_from_upstream(grads, parts[0].module.config)
+    assert sum(f'grad/{k}' in arrays for k in state) > 30
+    for (path, theirs), mine in zip(
+        jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(ours), strict=True
+    ):
+        largest = np.abs(theirs).max()
+        assert largest > 0, path
+        np.testing.assert_allclose(
+            np.asarray(mine) / sums['loss'][1],
+            theirs,
+            atol=1e-4 * largest,
+            err_msg=jax.tree_util.keystr(path),
+        )
+
+
+# ------------------------------------------------------------------------------ the hypernetwork
+
+
+def apply(module, params, embeddings, **kwargs):
+    return module.apply({'params': params}, embeddings, **kwargs)[0]
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_starts_as_one_lora_for_all_tasks(size):
+    module = make(**SIZES[size])
+    embeddings = np.random.default_rng(0).standard_normal((5, 24)).astype(np.float32)
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), embeddings))['params']
+    lora = apply(module, params, embeddings)
+    for _, i, o in module.config.dims:
+        assert i >= o
+    for pair in lora.pairs.values():
+        assert pair.a.shape[:3] == (3, 5, 4) and np.abs(pair.a).max() > 0
+        for x in (pair.a, pair.b):
+            np.testing.assert_array_equal(x, np.broadcast_to(x[:1, :1], x.shape))
+        # L starts as the base model; M and S have one bias for A and B.
+        assert bool(np.any(pair.b)) == (size != 'L')
+
+
+@pytest.mark.parametrize('encoder', ['linear', 'discrete', 'softmax', 'vq'])
+def test_every_task_has_its_lora(encoder):
+    """Rows depend on their own embedding alone; dropout only with a key."""
+    module = make(encoder=encoder, head_init='random')
+    embeddings = 30 * np.random.default_rng(0).standard_normal((6, 24)).astype(np.float32)
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), embeddings))['params']
+    whole = apply(module, params, embeddings)
+    alone = apply(module, params, embeddings[2:3])
+    for name, pair in whole.pairs.items():
+        np.testing.assert_allclose(pair.a[:, 2:3], alone.pairs[name].a, atol=1e-6)
+        assert np.ptp(pair.a, axis=1).max() > 1e-4
+    key = {'dropout': jax.random.key(1)}
+    noisy = apply(module, params, embeddings, rngs=key)
+    again = apply(module, params, embeddings, rngs=key)
+    jax.tree.map(np.testing.assert_array_equal, noisy.pairs, again.pairs)
+    assert np.abs(noisy.pairs['q_proj'].a - whole.pairs['q_proj'].a).max() > 1e-4
+
+
+def test_codes_follow_the_embeddings():
+    module = make(encoder='vq', head_init='random')
+    embeddings = np.random.default_rng(0).standard_normal((6, 24)).astype(np.float32)
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), embeddings))['params']
+    hyper = Hypernetwork(module, None, lambda _, c: (c['embedding'], None), {})
+
+    def extra(params):
+        return hyper.generate_with_losses(params, None, {'embedding': embeddings}, None)[2]
+
+    before, grads = jax.value_and_grad(extra)(params)
+    stepped = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    assert 0 < extra(stepped) < before
+    assert np.abs(grads['task_encoder']['codebook']).max() > 0
+
+
+def test_z_scores_and_offsets():
+    embeddings = np.random.default_rng(0).standard_normal((2, 24)).astype(np.float32)
+    plain = make(head_init='random', z_score=True)
+    params = nn.unbox(jax.jit(plain.init)(jax.random.key(0), embeddings))['params']
+    lora = apply(plain, params, embeddings).pairs['q_proj']
+    rng = np.random.default_rng(1)
+    mean, deviation = (rng.random((3, 4, 32)).astype(np.float32) for _ in range(2))
+    scaled = apply(
+        plain, {**params, 'mean_a_q_proj': mean, 'deviation_a_q_proj': deviation}, embeddings
+    ).pairs['q_proj']
+    np.testing.assert_allclose(
+        scaled.a, lora.a * deviation[:, None] + mean[:, None], rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_array_equal(scaled.b, lora.b)
+    for learns in (False, True):
+        module = make(offset=True, learn_offset=learns, head_init='zero')
+        params = nn.unbox(jax.jit(module.init)(jax.random.key(0), embeddings))['params']
+        params['offset_a_q_proj'] = mean
+        np.testing.assert_array_equal(
+            apply(module, params, embeddings).pairs['q_proj'].a,
+            np.broadcast_to(mean[:, None], (3, 2, 4, 32)),
+        )
+
+        def loss(p, module=module):
+            return apply(module, p, embeddings).pairs['q_proj'].a.sum()
+
+        assert bool(np.any(jax.grad(loss)(params)['offset_a_q_proj'])) == learns
+
+
+def test_unknown_task_encoder():
+    with pytest.raises(UserError, match='unknown task encoder .guess.*linear'):
+        jax.eval_shape(make(encoder='guess').init, jax.random.key(0), jnp.zeros((1, 24)))
+
+
+# -------------------------------------------------------------------------------- training data
+
+
+def task(name, inputs):
+    examples = tuple(Example(text, (text.upper(),)) for text in inputs)
+    return Task(name, '', '', (f'{name}, loud', f'shout {name}'), (), examples[1:], examples[:1])
+
+
+TASKS = tuple(task(f'task {i}', [f'{chr(97 + i)}{"x" * n}' for n in range(1, 9)]) for i in range(5))
+SETTINGS = ConfigDict({'max_tokens': 30, 'row_tokens': 48, 'row_labels': 24, 'steps': 4})
+
+
+def groups(per_step=3, **changes):
+    embeddings = [np.arange(2, dtype=np.float32)[:, None] + 10 * i for i in range(len(TASKS))]
+    config = SETTINGS.copy_and_resolve_references()
+    config.update(changes)
+    return TaskGroups(TASKS, embeddings, tiny_base().tokenizer, config, 0, per_step)
+
+
+def test_groups_are_packed_rows_of_one_task():
+    source, tokenizer = groups(), tiny_base().tokenizer
+    assert len(source) == 12
+    seen = set()
+    for index in range(len(source)):
+        item, same = source[index], groups()[index]
+        jax.tree.map(np.testing.assert_array_equal, item, same)
+        number, variant = divmod(float(item['context']['embedding'][0, 0]), 10)
+        assert variant in (0, 1)
+        query = {key: value[0] for key, value in item['query'].items()}
+        count = query['segments'].max()
+        assert count > 1 and query['label_weights'].sum() == pytest.approx(count)
+        texts = []
+        for segment in range(1, count + 1):
+            here = query['segments'] == segment
+            np.testing.assert_array_equal(query['positions'][here], np.arange(here.sum()))
+            own = here[query['label_positions']] & (query['label_weights'] > 0)
+            labels = query['labels'][own]
+            assert labels[-1] == tokenizer.eos_id
+            answer = tokenizer.decode(labels[:-1])
+            prompt = tokenizer.prompt(answer.lower())
+            np.testing.assert_array_equal(
+                query['tokens'][here], [*prompt, *tokenizer.encode(answer)]
+            )
+            # Each label stands where the token before it is read.
+            first = query['label_positions'][own][0]
+            assert query['tokens'][first] == prompt[-1]
+            texts.append(answer.lower())
+        assert len(set(texts)) == count
+        known = {e.input for e in TASKS[int(number)].train}
+        assert set(texts) <= known  # never the test example
+        seen.add((index // 3, number))
+    assert len(seen) == len(source)  # the tasks of a step are different
+
+
+def test_packed_rows_give_the_loss_of_separate_ones():
+    base, tokenizer = tiny_base(), tiny_base().tokenizer
+    module = make(
+        dims=(('down_proj', 48, 32), ('q_proj', 32, 32)), num_layers=3, head_init='random'
+    )
+    embedding = np.ones((1, 24), np.float32)
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), embedding))['params']
+    hyper = Hypernetwork(module, None, lambda _, c: (c['embedding'], None), {})
+    frozen = {'base': base.params, 'encoder': None}
+    pairs = [
+        (tokenizer.prompt(text), [*tokenizer.encode(text.upper()), tokenizer.eos_id])
+        for text in ('ab', 'cde', 'f')
+    ]
+
+    def loss(query):
+        batch = {'context': {'embedding': embedding}, 'query': query}
+        total, sums = jax.jit(learner((hyper, Decoder(base.config)), 0.0).loss)(
+            params, frozen, batch
+        )
+        return float(total), float(sums['loss'][1])
+
+    packed = loss(pack(pairs, 40, 12))
+    separate = [loss(pack([pair], 40, 12)) for pair in pairs]
+    np.testing.assert_allclose(packed, np.sum(separate, 0), rtol=1e-5)
+    assert packed[1] == 3
+
+
+def test_bad_settings_of_the_data():
+    with pytest.raises(UserError, match="task 'task 0' has no training example of at most 3"):
+        groups(max_tokens=3)
+    with pytest.raises(UserError, match='5 tasks to train on; a step has 6'):
+        groups(per_step=6)
+
+
+def test_noise_and_dropout_follow_the_key(original):
+    _, parts, params, frozen, batch = original
+    plain = learner(parts, 0.0)
+
+    def loss(learner, seed=None):
+        key = None if seed is None else jax.random.key(seed)
+        return float(jax.jit(learner.loss)(params, frozen, batch, key)[0])
+
+    dropped = [loss(plain, seed) for seed in (0, 0, 1)]
+    assert dropped[0] == dropped[1] != dropped[2] != loss(plain)
+    noisy = dataclasses.replace(plain, neftune=50.0)
+    assert loss(noisy, 0) == loss(noisy, 0) != dropped[0]
+    assert loss(noisy) == loss(plain)
