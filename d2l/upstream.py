@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from d2l import build
+from d2l.context_encoders import text_config
 from d2l.hypernetwork import DocToLoraConfig
 from hyperlora import lora
 from hyperlora.errors import UserError
+from hyperlora.models.base import load_params
 from hyperlora.models.families import DecoderConfig
+from hyperlora.upstream import Converted, StateDict
 
 # What the original puts around every chunk: its chat template with an empty question.
 _AFFIXES = {
@@ -208,3 +215,36 @@ def params_from_upstream(state: Mapping[str, np.ndarray], config: DocToLoraConfi
             if config.use_bias:
                 params[f'{ours}_{name}'] = bias
     return params
+
+
+def convert(
+    path: pathlib.Path,
+    checkpoint: Mapping[str, Any],
+    state: StateDict,
+    base: DecoderConfig,
+    encoder: str,
+    dtype: str,
+) -> Converted:
+    """Converts a pytorch_model.bin; see `hyperlora.upstream.convert`.
+
+    Args:
+      checkpoint: all that the file at `path` holds.
+      state: its tensors.
+      base: shape of the base model.
+    """
+    reader, _, fingerprint = load_params(encoder, images=True) if encoder else (None,) * 3
+    config = config_from_upstream(checkpoint, base, reader and text_config(reader))
+    config['hypernetwork']['encoder'] |= {
+        'model': encoder,
+        'dtype': dtype,
+        'quantization': 'none',
+    }
+    module = build.make_module(ConfigDict(config['hypernetwork']), base, reader or base)
+    entries = base.num_layers if module.config.layer_to_layer else 1
+    return Converted(
+        config,
+        module,
+        params_from_upstream(state, module.config),
+        (jnp.zeros((1, entries, 8, module.config.feature_width)), jnp.ones((1, 8), bool)),
+        fingerprint,
+    )

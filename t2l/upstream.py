@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import yaml
+from ml_collections import ConfigDict
 
 from hyperlora import lora
 from hyperlora.errors import UserError
+from hyperlora.models.base import read_json
+from hyperlora.models.embedders import load_embedder
 from hyperlora.models.families import DecoderConfig
+from hyperlora.upstream import Converted, StateDict
+from t2l import build
 from t2l.hypernetwork import TextToLoraConfig
 
 
@@ -190,3 +198,40 @@ def params_from_upstream(state: Mapping[str, np.ndarray], config: TextToLoraConf
             if used:
                 params[f'{ours}_a_{name}'], params[f'{ours}_b_{name}'] = a, b.swapaxes(-1, -2)
     return params
+
+
+def convert(
+    path: pathlib.Path,
+    checkpoint: Mapping[str, Any],
+    state: StateDict,
+    base: DecoderConfig,
+    embedder: str,
+    dtype: str,
+) -> Converted:
+    """Converts a hypermod.pt and the settings beside it, or, as training leaves them, above it.
+
+    See `hyperlora.upstream.convert`.
+
+    Args:
+      checkpoint: all that the file at `path` holds.
+      state: its tensors.
+      base: shape of the base model.
+    """
+    places = (path.parent, path.resolve().parent.parent.parent)  # of checkpoints/it_N/hypermod.pt
+    folder = next((p for p in places if (p / 'args.yaml').is_file()), None)
+    if folder is None:
+        raise UserError(f'{path}: there is no args.yaml beside it')
+    try:
+        args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f'{folder / "args.yaml"}: cannot read ({error})') from error
+    peft = read_json(folder / 'adapter_config.json')
+    config = config_from_upstream(args, peft, state, base, embedder)
+    module = build.make_module(ConfigDict(config['hypernetwork']), base)
+    return Converted(
+        config,
+        module,
+        params_from_upstream(state, module.config),
+        (jnp.zeros((1, module.config.embedding_width)),),
+        load_embedder(embedder).fingerprint if embedder else None,
+    )

@@ -26,7 +26,7 @@ from hyperlora import lora as lora_lib
 from hyperlora.errors import UserError
 from hyperlora.models.base import load_params
 from hyperlora.models.decoder import Decoder
-from launch.convert import convert
+from hyperlora.upstream import convert
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -19,7 +19,7 @@ from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.meta_learning import Learner
 from hyperlora.models.base import load_params
 from hyperlora.models.decoder import Decoder
-from launch.convert import convert
+from hyperlora.upstream import convert
 from t2l.data import TaskGroups, pack
 from t2l.hypernetwork import TextToLora, TextToLoraConfig
 from t2l.tasks import Example, Task
