@@ -23,6 +23,7 @@ from hyperlora.models.base import BaseModel
 
 _BUILDERS = {
     'doc_to_lora': 'd2l.build:build',
+    'lora_table': 'hyperlora.lora_table:build',
     'text_to_lora': 't2l.build:build',
 }
 

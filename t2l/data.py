@@ -78,7 +78,7 @@ class TaskGroups:
         return self.config.steps * self.groups_per_step
 
     def __getitem__(self, index: int) -> dict[str, dict[str, np.ndarray]]:
-        """One group: `context` {embedding `[1, e]`} and `query`, see `pack`."""
+        """One group: `context` {embedding `[1, e]`, task `[1]`} and `query`, see `pack`."""
         step, group = divmod(index, self.groups_per_step)
         order = np.random.default_rng((self.seed, 0, step)).permutation(len(self.examples))
         task = order[group]
@@ -87,7 +87,8 @@ class TaskGroups:
         examples = self.examples[task]
         pairs = (examples[i] for i in rng.permutation(len(examples)))
         query = pack(pairs, self.config.row_tokens, self.config.row_labels)
-        return {'context': {'embedding': embedding[None]}, 'query': query}
+        context = {'embedding': embedding[None], 'task': np.asarray([task], np.int32)}
+        return {'context': context, 'query': query}
 
 
 def pack(
@@ -124,12 +125,12 @@ def pack(
 def build(
     config: ConfigDict,
     base: BaseModel,
-    encoder: Embedder,
+    encoder: Embedder | BaseModel,
     seed: int,
     groups: int,
     accumulate: int,
 ) -> grain.MapDataset:
-    """Training steps: every leaf `[accumulate, groups * per group, ...]`.
+    """Training steps: every leaf `[accumulate, groups, ...]`.
 
     Raises:
       UserError: tasks that cannot be read or trained on; see `collect` and `TaskGroups`.
@@ -137,7 +138,10 @@ def build(
     tasks = collect(config).train
     texts = [text for task in tasks for text in task.descriptions]
     ends = np.cumsum([len(task.descriptions) for task in tasks])[:-1]
-    embeddings = np.split(encoder(texts), ends)
+    if isinstance(encoder, Embedder):
+        embeddings = np.split(encoder(texts), ends)
+    else:  # the hypernetwork knows tasks by their numbers
+        embeddings = [np.zeros((1, 1), np.float32)] * len(tasks)
     source = TaskGroups(tasks, embeddings, base.tokenizer, config, seed, groups * accumulate)
 
     def stack(items):

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from test_convert import find, mistral
 
 import t2l.build
-from hyperlora import objectives, torch_files
+from hyperlora import hypernetwork, objectives, torch_files
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.meta_learning import Learner
@@ -311,3 +311,33 @@ def test_noise_and_dropout_follow_the_key(original):
     noisy = dataclasses.replace(plain, neftune=50.0)
     assert loss(noisy, 0) == loss(noisy, 0) != dropped[0]
     assert loss(noisy) == loss(plain)
+
+
+# ------------------------------------------------------------------------------ plain LoRAs
+
+
+def test_a_table_of_loras():
+    base = tiny_base()
+    config = ConfigDict(
+        {
+            'name': 'lora_table',
+            'modules': ('q_proj', 'down_proj'),
+            'shape': {'rank': 2, 'scaling': 2.0, 'entries': 3},
+        }
+    )
+    built = hypernetwork.build(config, base)
+    params = nn.unbox(jax.jit(built.init)(jax.random.key(0), base.params))
+    numbers = np.asarray([1, 0, 1, 7], np.int32)
+
+    def generate(params):
+        return built.generate(params, base.params, {'task': numbers})[0]
+
+    lora = generate(params)
+    for name, i, _ in built.module.dims:
+        pair = lora.pairs[name]
+        assert not np.any(pair.b)  # starts as the base model
+        assert 0.9 / i**0.5 < np.abs(pair.a).max() < 1 / i**0.5
+        np.testing.assert_array_equal(pair.a, params[f'a_{name}'][:, [1, 0, 1, 2]])
+    gradient = jax.grad(lambda p: generate(p).pairs['q_proj'].a[:, 0].sum())(params)
+    touched = np.asarray(gradient['a_q_proj']).any((0, 2, 3))
+    np.testing.assert_array_equal(touched, [False, True, False])

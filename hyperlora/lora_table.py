@@ -1,0 +1,76 @@
+"""A table of plain LoRAs, as a hypernetwork that looks its task up instead of reading about it.
+
+One entry is a multi-task LoRA; as many entries as tasks are a LoRA per task, the oracle that
+Text-to-LoRA is measured against. So both baselines train in the one meta-learning loop, on the same
+batches.
+
+Axes: n contexts, l layers, e entries, r rank, i and o a module's widths.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from hyperlora import lora
+from hyperlora.hypernetwork import Hypernetwork
+from hyperlora.lora import Lora, LoraPair
+from hyperlora.models.base import BaseModel
+
+
+class LoraTable(nn.Module):
+    """Numbers of tasks -> their LoRAs.
+
+    Attributes:
+      num_layers: l.
+      dims: (module, i, o) of every adapted module.
+      rank: r.
+      scaling: multiplies every delta.
+      entries: e; numbers beyond it share the last entry.
+    """
+
+    num_layers: int
+    dims: tuple[tuple[str, int, int], ...]
+    rank: int
+    scaling: float
+    entries: int
+
+    @nn.compact
+    def __call__(self, features: jax.Array, mask: jax.Array | None = None) -> tuple[Lora, None]:
+        """`features [n]` int32 -> a Lora of n rows. A fresh one leaves the base as it is: A is
+        uniform within 1 / sqrt(i), as PEFT starts it, and B zero."""
+        rows = jnp.minimum(features, self.entries - 1)
+        pairs = {}
+        for name, i, o in self.dims:
+
+            def factor(key, init, width, name=name):
+                table = self.param(
+                    f'{key}_{name}',
+                    nn.with_logical_partitioning(init, ('layers', None, None, 'lora')),
+                    (self.num_layers, self.entries, self.rank, width),
+                )
+                return table[:, rows]
+
+            uniform = nn.initializers.variance_scaling(
+                1 / 3, 'fan_in', 'uniform', in_axis=-1, out_axis=-2, batch_axis=(0, 1)
+            )
+            pairs[name] = LoraPair(factor('a', uniform, i), factor('b', nn.initializers.zeros, o))
+        return Lora(pairs, jnp.float32(self.scaling)), None
+
+
+def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -> Hypernetwork:
+    """Builds the table. Its contexts are numbers of tasks: `{'task': [n]}`.
+
+    Raises:
+      UserError: unknown target module.
+    """
+    module = LoraTable(
+        base.config.num_layers, lora.module_dims(base.config, config.modules), **config.shape
+    )
+
+    def encode(_, context):
+        return context['task'], None
+
+    return Hypernetwork(module, base, encode, {'task': jnp.zeros(1, jnp.int32)})
