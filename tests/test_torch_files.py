@@ -149,7 +149,12 @@ def split(value):
 def reference(case, filename, prefix):
     """The file of a case, and the arrays that it should hold."""
     folder = next(
-        (f for f in (GOLDEN, REFERENCE) if (f / f'{case}_ckpt' / filename).exists()), None
+        (
+            f
+            for f in (GOLDEN, REFERENCE)
+            if (f / f'{case}_ckpt' / filename).exists() and (f / f'{case}.npz').exists()
+        ),
+        None,
     )
     if folder is None:
         pytest.skip(f'no reference checkpoint of {case} (set HYPERLORA_GOLDEN)')
