@@ -22,7 +22,7 @@ from hyperlora.evaluation import record
 from hyperlora.generation import answer
 from hyperlora.lora import Lora
 from hyperlora.models.base import BaseModel
-from t2l.collections import READERS
+from t2l.collections import READERS, SAME_TASK
 from t2l.specialize import Specializer
 from t2l.tasks import Example, Task, check_descriptions, field, parse
 
@@ -88,6 +88,8 @@ class Methods:
 
     def three_shot(self, task, seed, examples) -> list[str]:
         """The base model with three training examples and the input."""
+        if len(task.train) < 3:
+            raise UserError(f'the method three_shot needs three training examples of {task.name!r}')
         rng = np.random.default_rng((seed, len(task.train)))
         chosen = [task.train[i] for i in rng.choice(len(task.train), 3, replace=False)]
         shots = ''.join(f'Input: {e.input}\nOutput: {e.output}\n\n' for e in chosen)
@@ -99,7 +101,13 @@ class Methods:
 
     def other_description(self, task, seed, examples) -> list[str]:
         """Control: the LoRA of another task's description."""
-        others = [other for other in self.tasks if other.name != task.name]
+        others = [
+            other
+            for other in self.tasks
+            if not any({task.name, other.name} <= same for same in ({task.name}, *SAME_TASK))
+        ]
+        if not others:
+            raise UserError('the method other_description needs a second task')
         rng = np.random.default_rng((seed, *task.name.encode()))
         return self._described(self.description(others[rng.integers(len(others))], seed), examples)
 

@@ -12,15 +12,19 @@ import grain
 import jax
 import numpy as np
 import pytest
+import safetensors
 from absl import app, flags
 
 from configs import d2l_niah
+from configs import t2l as t2l_config
 from d2l import evaluation, haystacks
 from d2l.internalize import Internalizer
 from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
 from hyperlora import adapters, checkpointing, generation, hypernetwork, meta_learning, trained
 from hyperlora.models import base as base_models
 from hyperlora.models import weights
+from t2l import evaluation as t2l_evaluation
+from t2l.specialize import Specializer
 
 DOCUMENT = 'The keeper of the lighthouse is called Mara. ' * 30
 
@@ -196,6 +200,88 @@ def test_bad_tokens(command, tmp_path, arrays, part):
     (tmp_path / 'in.npz').write_bytes(b'PK\x03\x04 cut')
     assert_mistake(command('logits', input=tmp_path / 'in.npz', **settings), 'not a readable .npz')
     assert not (tmp_path / 'out.npz').exists()
+
+
+@pytest.fixture(scope='module')
+def task_checkpoint(base, tmp_path_factory):
+    config = t2l_config.get_config('tiny')
+    built = hypernetwork.build(config.hypernetwork, base)
+    params = nn.unbox(jax.jit(built.init)(jax.random.key(0), None))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
+    folder = tmp_path_factory.mktemp('checkpoint') / 'tiny'
+    record = {
+        'config': config.to_dict(),
+        'base_fingerprint': base.fingerprint,
+        'encoder_fingerprint': built.encoder.fingerprint,
+        'step': 0,
+    }
+    checkpointing.export(folder, params, record)
+    return folder
+
+
+def test_adapt_to_a_task(command, checkpoint, task_checkpoint, document, base, tmp_path):
+    task, output = 'Write the word in capital letters.', tmp_path / 'adapter'
+    code, out, err = command('adapt', checkpoint=task_checkpoint, task=task, output=output)
+    assert code == 0 and 'rank 8' in out, err
+    wanted = Specializer(trained.load(str(task_checkpoint), base))(['Another task.', task])
+    saved = adapters.load(output, base.config, base.fingerprint)
+    np.testing.assert_allclose(
+        saved.pairs['q_proj'].b[:, 0],
+        wanted.pairs['q_proj'].b[:, 1] * wanted.scaling,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    with safetensors.safe_open(output / 'adapter_model.safetensors', 'numpy') as file:
+        assert file.metadata()['task'] == task
+
+    def refused(*parts, **settings):
+        assert_mistake(command('adapt', output=tmp_path / 'none', **settings), *parts)
+
+    refused('one of --document and --task', checkpoint=task_checkpoint)
+    refused('description', checkpoint=task_checkpoint, task=' ')
+    refused('doc_to_lora', 'text_to_lora', checkpoint=checkpoint, task=task)
+    refused('text_to_lora', 'doc_to_lora', checkpoint=task_checkpoint, document=document)
+
+
+def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(t2l_evaluation, '_ROWS', 4)
+    train = [{'input': word, 'output': word.upper()} for word in ('red', 'blue', 'green', 'grey')]
+    test = [
+        {
+            'input': 'What is the capital of France?',
+            'output': ['Paris', 'The capital of France is Paris.'],
+        }
+    ]
+    task = {'name': 'shout', 'source': 'mine', 'license': 'CC0', 'train': train, 'test': test}
+    (tmp_path / 'tasks').mkdir()
+    (tmp_path / 'tasks/shout.json').write_text(json.dumps({**task, 'descriptions': []}))
+    settings = {
+        'config': 'configs/eval_t2l.py',
+        'checkpoint': task_checkpoint,
+        'workdir': tmp_path / 'run',
+        'config_tasks': tmp_path / 'tasks',
+        'config_generated': False,
+        'config_seeds': 1,
+        'config_max_new_tokens': 12,
+    }
+    assert_mistake(command('evaluate', **settings), 'shout', '--config.descriptions')
+    (tmp_path / 'given.yaml').write_text('shout: [Say it in capitals.]')
+    settings['config_descriptions'] = tmp_path / 'given.yaml'
+    assert_mistake(command('evaluate', **settings), 'other_description', 'a second task')
+    whisper = {**task, 'name': 'whisper', 'descriptions': ['Say it softly.', 'Whisper it.']}
+    (tmp_path / 'tasks/whisper.json').write_text(json.dumps(whisper))
+    code, out, err = command('evaluate', **settings)
+    assert code == 0, err
+    metrics = json.loads((tmp_path / 'run/metrics.json').read_text())
+    scores = metrics['exact_match']
+    assert set(scores) == {'shout', 'whisper'}
+    assert set(scores['shout']) == set(t2l_evaluation.METHODS)
+    # Alone the base model answers rightly; what is added to prompt or weights confuses it.
+    assert scores['shout']['zero_shot'] == 1 and scores['shout']['description_in_prompt'] == 0
+    assert metrics['average']['other']['zero_shot'] == 1
+    settings['config_methods'] = 't2l,guess'
+    assert_mistake(command('evaluate', **settings), 'guess', 'zero_shot')
 
 
 def test_export_of_a_training(command, untrained, base, tmp_path):
