@@ -148,7 +148,7 @@ def _smollm2() -> ConfigDict:
     config.data.update({'max_tokens': 40, 'row_tokens': 80, 'row_labels': 32})
     _steps(config, 2000)
     config.optimizer.update(
-        {'learning_rate': 2.5e-4, 'end_learning_rate': 2.5e-6, 'warmup_steps': 50, 'b2': 0.98}
+        {'learning_rate': 1e-4, 'end_learning_rate': 1e-6, 'warmup_steps': 20, 'b2': 0.98}
     )
     return config
 

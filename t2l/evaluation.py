@@ -63,8 +63,9 @@ class Methods:
             if lora is not None and lora.rows > 1:
                 rows = slice(start, start + _ROWS)
                 own = lora.replace(pairs=jax.tree.map(lambda x, r=rows: x[:, r], lora.pairs))
-            if own is None or own.rows == 1:  # as many rows as ever, so that shapes are few
-                batch = batch + batch[-1:] * (_ROWS - len(batch))
+            if own is None or own.rows == 1:  # powers of two, so that shapes are few
+                size = 1 << (len(batch) - 1).bit_length()
+                batch = batch + batch[-1:] * (size - len(batch))
             texts += answer(self.base, batch, self.max_new_tokens, own)[: len(tokens) - start]
         return texts
 
