@@ -149,7 +149,9 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     Raises:
       UserError: bad tasks, unknown methods, a checkpoint that does not read descriptions.
     """
-    unknown = set(config.methods) - METHODS.keys()
+    # The command line gives a,b as one text.
+    names = [name for text in config.methods for name in text.split(',')]
+    unknown = set(names) - METHODS.keys()
     if unknown:
         raise UserError(
             f'unknown methods {", ".join(sorted(unknown))}; known: {", ".join(METHODS)}'
@@ -170,7 +172,8 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
         {
             'checkpoint': checkpoint,
             'weights': record.digest(specializer.trained.params),
-            **{k: config[k] for k in ('tasks', 'methods', 'limit', 'seeds', 'max_new_tokens')},
+            'methods': names,
+            **{k: config[k] for k in ('tasks', 'limit', 'seeds', 'max_new_tokens')},
         },
         {'exact_match': {}, 'held_out': [], 'counts': {}, 'seconds': {}},
     )
@@ -180,7 +183,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     for done, task in enumerate(todo, start=1):
         examples = task.test[: config.limit or None]
         scores, seconds = {}, {}
-        for name in config.methods:
+        for name in names:
             start = time.perf_counter()
             runs = range(1 if name in _SEEDLESS else config.seeds)
             answers = [getattr(methods, name)(task, seed, examples) for seed in runs]

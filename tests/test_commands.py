@@ -280,8 +280,8 @@ def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
     # Alone the base model answers rightly; what is added to prompt or weights confuses it.
     assert scores['shout']['zero_shot'] == 1 and scores['shout']['description_in_prompt'] == 0
     assert metrics['average']['other']['zero_shot'] == 1
-    settings['config_methods'] = 't2l,guess'
-    assert_mistake(command('evaluate', **settings), 'guess', 'zero_shot')
+    settings['config_methods'] = 't2l,zero_shot,guess'
+    assert_mistake(command('evaluate', **settings), 'unknown methods guess;')
 
 
 def test_export_of_a_training(command, untrained, base, tmp_path):
