@@ -2,6 +2,7 @@
 
 python -m launch.evaluate --config=configs/eval_t2l.py --checkpoint=NAME_OR_DIR --workdir=DIR
 ... --config.tasks=FOLDER --config.generated=0 --config.methods=t2l,zero_shot --config.limit=50
+... --config.per_task=WORKDIR --config.methods=t2l,per_task,average --config.only=seen
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ def get_config() -> ConfigDict:
             # A folder of tasks, a JSON file each; none need be known to the checkpoint.
             'tasks': '',
             'generated': True,  # also the generated tasks
-            'only_held_out': False,  # of those, the ones that the checkpoint's training left out
+            'only': '',  # of those, the tasks that were `seen` in training, or the `unseen` ones
             'methods': (
                 't2l',
                 'zero_shot',
@@ -25,10 +26,13 @@ def get_config() -> ConfigDict:
                 'empty',
                 'hyperdecoder',
             ),
+            # Checkpoints of plain LoRAs (configs/t2l.py:multitask and :per_task), for the methods
+            # `multitask`, `per_task` and `average`.
+            'multitask': '',
+            'per_task': '',
             'limit': 0,  # test examples per task; 0 for all
             'seeds': 3,  # of descriptions
             # YAML: task name -> list of descriptions, for tasks that have none.
             'descriptions': '',
-            'max_new_tokens': 24,
         }
     )

@@ -4,12 +4,19 @@
 
 TASKS is a folder of tasks, a JSON file each; without it the generated tasks alone are trained on.
 Variants: `smollm2` (two CPU cores), `gemma2_2b`, `mistral_7b`, `llama3_8b` (the published
-settings), `tiny` (seconds; for tests).
+settings), `tiny` (seconds; for tests). For comparison, on SmolLM2 and the same loop: `multitask`
+(one LoRA, on the batches of `smollm2`), `per_task` (a LoRA for each task of the folder), and
+`reconstruction,LORAS` (a hypernetwork trained towards the LoRAs that a run of `per_task` left in
+the folder LORAS, rather than on examples).
 """
 
 from ml_collections import ConfigDict
 
 from hyperlora.errors import UserError
+from t2l.collections import collect
+
+# Packed rows that a per-task LoRA sees of its task: as many as `smollm2` with all its tasks.
+_VISITS = 86
 
 # Tasks to hold out as a whole, by reader. Each has near relatives that are trained on (first and
 # last but not middle, French and German but not Spanish words, next month and previous weekday but
@@ -57,6 +64,9 @@ def get_config(argument: str = 'smollm2') -> ConfigDict:
     variants = {
         'smollm2': _smollm2,
         'tiny': _tiny,
+        'multitask': _multitask,
+        'per_task': _per_task,
+        'reconstruction': _reconstruction,
         'gemma2_2b': lambda: _published('gemma2_2b'),
         'mistral_7b': lambda: _published('mistral_7b'),
         'llama3_8b': lambda: _published('llama3_8b'),
@@ -64,7 +74,18 @@ def get_config(argument: str = 'smollm2') -> ConfigDict:
     if variant not in variants:
         raise UserError(f'unknown variant {variant!r} of t2l; known: {", ".join(variants)}')
     config = variants[variant]()
-    config.data.sources = _sources(folder)
+    if variant == 'reconstruction':
+        if not folder:
+            raise UserError('name the LoRAs to reconstruct: configs/t2l.py:reconstruction,LORAS')
+        config.hypernetwork.loras = config.data.loras = folder
+        return config
+    sources = _sources(folder)
+    config.data.sources = sources
+    if variant == 'per_task':
+        config.data.sources = sources[:1]
+        count = len(collect(config.data).train)
+        config.hypernetwork.shape.entries = count
+        _steps(config, -(-count * _VISITS // config.groups))
     return config
 
 
@@ -128,6 +149,7 @@ def _published(base: str) -> ConfigDict:
                 'row_tokens': 512,
                 'row_labels': 256,
                 'sources': (),
+                'tasks': (),  # filled in when the tasks are read: the names of those trained on
             },
         }
     )
@@ -145,8 +167,10 @@ def _smollm2() -> ConfigDict:
         {'embedding_width': 384, 'latent_size': 256, 'head_width': 384, 'scaling': 2 * 8**0.5}
     )
     config.objective.label_smoothing = 0.0
-    config.data.update({'max_tokens': 40, 'row_tokens': 80, 'row_labels': 32})
-    _steps(config, 2000)
+    # Many tasks a step, with about two examples each: what tells tasks apart is learned sooner.
+    config.groups = 16
+    config.data.update({'max_tokens': 40, 'row_tokens': 40, 'row_labels': 20})
+    _steps(config, 800)
     config.optimizer.update(
         {'learning_rate': 1e-4, 'end_learning_rate': 1e-6, 'warmup_steps': 20, 'b2': 0.98}
     )
@@ -163,6 +187,43 @@ def _tiny() -> ConfigDict:
     config.optimizer.warmup_steps = 1
     config.log_every = 1
     config.checkpoint_every = 2
+    return config
+
+
+def _multitask() -> ConfigDict:
+    """One LoRA for all tasks."""
+    config = _smollm2()
+    shape = config.hypernetwork.shape
+    config.name = 'multitask'
+    config.hypernetwork = ConfigDict(
+        {
+            'name': 'lora_table',
+            'modules': config.hypernetwork.modules,
+            'shape': {'rank': shape.rank, 'scaling': shape.scaling, 'entries': 1},
+        }
+    )
+    config.objective.l2 = 0.0
+    config.optimizer.learning_rate = 5e-4
+    return config
+
+
+def _per_task() -> ConfigDict:
+    """A LoRA per task."""
+    config = _multitask()
+    config.name = 'per_task'
+    return config
+
+
+def _reconstruction() -> ConfigDict:
+    config = _smollm2()
+    config.name = 'reconstruction'
+    config.hypernetwork.shape.update({'head_init': 'random', 'z_score': True})
+    config.objective = ConfigDict({'name': 'reconstruction', 'delta': False})
+    config.data = ConfigDict(
+        {'name': 'reconstruction', 'loras': '', 'z_score': True, 'steps': 0, 'tasks': ()}
+    )
+    _steps(config, 2000)
+    config.optimizer.learning_rate = 1e-3
     return config
 
 

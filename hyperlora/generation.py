@@ -102,7 +102,7 @@ def answer(
             f'window of {base.config.max_length} tokens of {base.name}; shorten the prompt, or '
             'internalise the document instead (launch.adapt)'
         )
-    tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
+    tokens = np.zeros((len(prompts), bucket(longest, 16)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     eos_id = base.tokenizer.eos_id

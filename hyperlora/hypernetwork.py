@@ -40,12 +40,15 @@ class Hypernetwork:
       encode: (the encoder's parameters, context batch) -> (features, mask). Not differentiated.
         The context batch is the `context` entry of a batch, e.g. `tokens [n, s]`, `mask [n, s]`.
       example: a context batch of the smallest size, for initialisation.
+      start: fresh parameters -> those that training starts from; for parameters that come from
+        data, such as the statistics of LoRAs to reconstruct.
     """
 
     module: nn.Module
     encoder: Any
     encode: Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array | None]]
     example: dict[str, jax.Array]
+    start: Callable[[Any], Any] = lambda params: params
 
     def generate(
         self, params: Any, encoder_params: Any, context: dict[str, jax.Array], **kwargs

@@ -40,7 +40,9 @@ class LoraTable(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array, mask: jax.Array | None = None) -> tuple[Lora, None]:
         """`features [n]` int32 -> a Lora of n rows. A fresh one leaves the base as it is: A is
-        uniform within 1 / sqrt(i), as PEFT starts it, and B zero."""
+        uniform within 1 / sqrt(i), as PEFT starts it, and B zero. All entries start alike: LoRAs
+        with a start of their own have no common basis, and no hypernetwork can reconstruct noise.
+        """
         rows = jnp.minimum(features, self.entries - 1)
         pairs = {}
         for name, i, o in self.dims:
@@ -53,9 +55,10 @@ class LoraTable(nn.Module):
                 )
                 return table[:, rows]
 
-            uniform = nn.initializers.variance_scaling(
-                1 / 3, 'fan_in', 'uniform', in_axis=-1, out_axis=-2, batch_axis=(0, 1)
-            )
+            def uniform(key, shape, i=i):
+                one = (shape[0], 1, *shape[2:])
+                return jnp.broadcast_to(jax.random.uniform(key, one, minval=-1) / i**0.5, shape)
+
             pairs[name] = LoraPair(factor('a', uniform, i), factor('b', nn.initializers.zeros, o))
         return Lora(pairs, jnp.float32(self.scaling)), None
 

@@ -104,7 +104,7 @@ class Learner:
 
     hypernetwork: Hypernetwork
     decoder: Decoder
-    objective: objectives.LanguageModelling
+    objective: objectives.LanguageModelling | objectives.Reconstruction
     groups: int
     optimizer: optax.GradientTransformation
     neftune: float = 0.0
@@ -121,7 +121,7 @@ class Learner:
           batch: `context`, what the hypernetwork's encoder takes, of `[g * n, ...]`;
             `query`: tokens `[b, t]`, labels, label_positions (of the hidden state that predicts
             each) and label_weights `[b, k]`, chunk_weights `[b, n]`; positions and segments
-            `[b, t]` if rows are packed.
+            `[b, t]` if rows are packed. For reconstruction `target` instead, the LoRAs to make.
           key: for dropout and noise; None for neither.
         """
         key, noise_key = (None, None) if key is None else jax.random.split(key)
@@ -269,6 +269,8 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         start = checkpointer.latest_step()
         if start is None:
             state = jax.jit(init, out_shardings=places)(encoder.params)
+            params = learner.hypernetwork.start(state.params)
+            state = state.replace(params=jax.device_put(params, places.params))
         else:
             check_meta(checkpointer.meta(start), meta)
             state = checkpointer.restore(start, abstract, batches)
@@ -293,7 +295,8 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         metrics = None
         for step in range(start + 1, last_step + 1):
             batch = jax.device_put(next(batches), batch_place)
-            examples = batch['query']['tokens'].shape[0] * batch['query']['tokens'].shape[1]
+            answers = batch['query']['tokens'] if 'query' in batch else batch['context']['task']
+            examples = answers.shape[0] * answers.shape[1]
             before, (state, metrics) = metrics, step_fn(state, frozen, batch)
             jax.block_until_ready(before)  # steps are dispatched one ahead: rates are real
             progress.update(step, examples)
@@ -310,8 +313,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                     )
                 values['learning_rate'] = float(learning_rate(config.optimizer)(step - 1))
                 writer.write(step, {**values, **progress.rates()})
+                other = 'exact' if 'exact' in values else 'error'
                 print(
-                    f'{progress.line(values["loss"])}  exact {values["exact"]:.2f}  '
+                    f'{progress.line(values["loss"])}  {other} {values[other]:.2g}  '
                     f'shapes compiled {step_fn._cache_size()}',
                     flush=True,
                 )

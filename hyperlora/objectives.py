@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from hyperlora.errors import UserError
-from hyperlora.lora import Lora
+from hyperlora.lora import Lora, LoraPair
 
 # Name of a metric -> (sum, weight).
 Sums = dict[str, tuple[jax.Array, jax.Array]]
@@ -156,6 +156,73 @@ def l2_of_generated(loras: Lora) -> jax.Array:
     return sum(means)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """The generated LoRAs should be given ones: the mean absolute difference (Text-to-LoRA,
+    section 3.2).
+
+    Attributes:
+      delta: compare delta W = B A, times 10,000, rather than A and B.
+    """
+
+    delta: bool = False
+
+    def __call__(
+        self,
+        chunks: Lora,
+        shared: None,
+        batch: dict[str, dict[str, Any]],
+        logits_of: Any = None,
+    ) -> tuple[jax.Array, Sums]:
+        """Sum of losses over a microbatch, and what is reported.
+
+        Args:
+          chunks: n generated LoRAs, one each.
+          shared: there is none.
+          batch: `target`: module -> a `[n, l, r, i]` and b `[n, l, r, o]`; where the hypernetwork
+            makes z-scores, also a_deviation and b_deviation of the same shapes, which the
+            differences are divided by.
+          logits_of: not used; what other objectives take.
+        """
+        compare = _delta_error if self.delta else _factor_error
+        target = batch['target']
+        loss, error = (
+            sum(terms) / len(target)
+            for terms in zip(*(compare(chunks.pairs[k], target[k]) for k in target), strict=True)
+        )
+        count = jnp.float32(chunks.rows)
+        return count * loss, {'loss': (count * loss, count), 'error': (count * error, count)}
+
+
+_DELTA_SCALE = 10_000
+
+
+def _factor_error(pair: LoraPair, target: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Mean absolute difference of A and of B, halved and added: scaled, and as it is."""
+    loss = error = 0.0
+    for key, generated in (('a', pair.a), ('b', pair.b)):
+        difference = jnp.abs(generated.swapaxes(0, 1) - target[key])
+        error += difference.mean() / 2
+        if f'{key}_deviation' in target:
+            difference /= target[f'{key}_deviation'] + 1e-10
+        loss += difference.mean() / 2
+    return loss, error
+
+
+def _delta_error(pair: LoraPair, target: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Mean absolute difference of B A: times 10,000, and as it is."""
+
+    @jax.checkpoint  # a layer at a time: delta W is large
+    def layer(factors):
+        a, b, target_a, target_b = factors
+        delta = jnp.einsum('nro,nri->noi', b, a) - jnp.einsum('nro,nri->noi', target_b, target_a)
+        return jnp.abs(delta).mean()
+
+    targets = (target[key].swapaxes(0, 1) for key in 'ab')
+    error = jax.lax.map(layer, (pair.a, pair.b, *targets)).mean()
+    return _DELTA_SCALE * error, error
+
+
 def _cross_entropy(label_smoothing: float = 0.0, **settings: Any) -> LanguageModelling:
     token_loss = functools.partial(cross_entropy, smoothing=label_smoothing)
     return LanguageModelling(token_loss, **settings)
@@ -164,10 +231,11 @@ def _cross_entropy(label_smoothing: float = 0.0, **settings: Any) -> LanguageMod
 OBJECTIVES = {
     'cross_entropy': _cross_entropy,
     'top_k_distillation': functools.partial(LanguageModelling, top_k_distillation),
+    'reconstruction': Reconstruction,
 }
 
 
-def build(config: ConfigDict) -> LanguageModelling:
+def build(config: ConfigDict) -> LanguageModelling | Reconstruction:
     """The objective `config.name`; what else the config says are its settings.
 
     Raises:

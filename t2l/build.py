@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -13,6 +15,7 @@ from hyperlora.models.base import BaseModel
 from hyperlora.models.embedders import load_embedder
 from hyperlora.models.families import DecoderConfig
 from t2l.hypernetwork import TextToLora, TextToLoraConfig
+from t2l.reconstruction import load_loras, statistics
 
 
 def make_module(config: ConfigDict, base: DecoderConfig) -> TextToLora:
@@ -33,7 +36,9 @@ def make_module(config: ConfigDict, base: DecoderConfig) -> TextToLora:
 def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -> Hypernetwork:
     """Builds the hypernetwork. Its contexts are embeddings: `{'embedding': [n, e]}`.
 
-    Descriptions are embedded once, by the encoder, outside the training step.
+    Descriptions are embedded once, by the encoder, outside the training step. `config.loras`, a
+    checkpoint of a `LoraTable`, gives the statistics for z-scores and the multi-task LoRA (the mean
+    of its entries) that a fresh hypernetwork starts with.
 
     Raises:
       UserError: unknown embedder, or one of another width; unknown target module.
@@ -50,4 +55,15 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
     def encode(_, context):
         return context['embedding'], None
 
-    return Hypernetwork(module, embedder, encode, {'embedding': jnp.zeros((1, width))})
+    def start(params: Any) -> Any:
+        """Fills in the statistics of the LoRAs to reconstruct, or the multi-task LoRA."""
+        if not config.get('loras'):
+            return params
+        found = statistics(load_loras(config.loras, base, config).params)
+        known = {'mean': 'mean', 'deviation': 'deviation', 'offset': 'mean'}
+        filled = {
+            f'{kind}_{name}': x for kind, of in known.items() for name, x in found[of].items()
+        }
+        return {name: filled.get(name, x) for name, x in params.items()}
+
+    return Hypernetwork(module, embedder, encode, {'embedding': jnp.zeros((1, width))}, start)

@@ -8,7 +8,8 @@ examples and a description of each. Everything follows from (seed, index).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -130,19 +131,31 @@ def build(
     groups: int,
     accumulate: int,
 ) -> grain.MapDataset:
-    """Training steps: every leaf `[accumulate, groups, ...]`.
+    """Training steps: every leaf `[accumulate, groups, ...]`. The names of the tasks are noted in
+    `config.tasks`, so that the checkpoint knows them.
 
     Raises:
       UserError: tasks that cannot be read or trained on; see `collect` and `TaskGroups`.
     """
     tasks = collect(config).train
-    texts = [text for task in tasks for text in task.descriptions]
-    ends = np.cumsum([len(task.descriptions) for task in tasks])[:-1]
+    config.tasks = tuple(task.name for task in tasks)
     if isinstance(encoder, Embedder):
-        embeddings = np.split(encoder(texts), ends)
+        embeddings = embed(encoder, tasks)
     else:  # the hypernetwork knows tasks by their numbers
         embeddings = [np.zeros((1, 1), np.float32)] * len(tasks)
     source = TaskGroups(tasks, embeddings, base.tokenizer, config, seed, groups * accumulate)
+    return stack_steps(source, groups, accumulate)
+
+
+def embed(encoder: Embedder, tasks: Sequence[Task]) -> list[np.ndarray]:
+    """Of each task, the embeddings `[descriptions, e]` of its training descriptions."""
+    texts = [text for task in tasks for text in task.descriptions]
+    ends = np.cumsum([len(task.descriptions) for task in tasks])[:-1]
+    return np.split(encoder(texts), ends)
+
+
+def stack_steps(source: Any, groups: int, accumulate: int) -> grain.MapDataset:
+    """Items of one row each -> steps, every leaf `[accumulate, groups, ...]`."""
 
     def stack(items):
         def leaf(*rows):

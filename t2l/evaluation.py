@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 from hyperlora import trained
 from hyperlora.errors import UserError
 from hyperlora.evaluation import record
-from hyperlora.generation import answer
+from hyperlora.generation import answer, bucket
 from hyperlora.lora import Lora
 from hyperlora.models.base import BaseModel
+from hyperlora.trained import Trained
 from t2l.collections import READERS, SAME_TASK
 from t2l.specialize import Specializer
 from t2l.tasks import Example, Task, check_descriptions, field, parse
@@ -43,19 +44,54 @@ def gibberish(rng: np.random.Generator) -> str:
 class Methods:
     """Ways to answer examples of a task; each maps (task, seed, examples) to answers.
 
-    The seed chooses the description, the shots and what the controls are given.
+    The seed chooses the description, the shots and what the controls are given. None instead of
+    answers: the method does not know the task.
     """
 
-    def __init__(self, specializer: Specializer, tasks: Sequence[Task], max_new_tokens: int):
-        self.specializer, self.tasks, self.max_new_tokens = specializer, tasks, max_new_tokens
+    def __init__(
+        self,
+        specializer: Specializer,
+        tasks: Sequence[Task],
+        multitask: Trained | None = None,
+        per_task: Trained | None = None,
+    ):
+        """
+        Args:
+          tasks: all that are evaluated on.
+          multitask: a `LoraTable` of one entry.
+          per_task: a `LoraTable` of an entry per task.
+        """
+        self.specializer, self.tasks = specializer, tasks
+        self.tables = {'multitask': multitask, 'per_task': per_task}
 
     @property
     def base(self) -> BaseModel:
         return self.specializer.trained.base
 
-    def _answer(self, prompts: Sequence[str], lora: Lora | None = None) -> list[str]:
-        """Answers; a LoRA of one row serves all prompts, of more rows one each."""
-        tokens = [self.base.tokenizer.prompt(text) for text in prompts]
+    def _table(self, name: str) -> Trained:
+        table = self.tables[name]
+        if table is None:
+            raise UserError(f'this method needs --config.{name}=CHECKPOINT (configs/t2l.py:{name})')
+        return table
+
+    def _entry(self, table: Trained, number: int) -> Lora:
+        return table.hypernetwork.generate(
+            table.params, None, {'task': np.asarray([number], np.int32)}
+        )[0]
+
+    def _answer(
+        self, examples: Sequence[Example], lora: Lora | None = None, before='', after=''
+    ) -> list[str]:
+        """Answers, with text before and after each input; a LoRA of one row serves all examples, of
+        more rows one each.
+
+        No more tokens are generated than the longest accepted answer has, and a few: what goes on
+        after them is wrong anyway.
+        """
+        tokenizer = self.base.tokenizer
+        tokens = [tokenizer.prompt(f'{before}{e.input}{after}') for e in examples]
+        longest = max(len(tokenizer.encode(text)) for e in examples for text in e.outputs)
+        limit = bucket(longest + 3, 8)
         texts: list[str] = []
         for start in range(0, len(tokens), _ROWS):
             batch = tokens[start : start + _ROWS]
@@ -66,11 +102,11 @@ class Methods:
             if own is None or own.rows == 1:  # powers of two, so that shapes are few
                 size = 1 << (len(batch) - 1).bit_length()
                 batch = batch + batch[-1:] * (size - len(batch))
-            texts += answer(self.base, batch, self.max_new_tokens, own)[: len(tokens) - start]
+            texts += answer(self.base, batch, limit, own)[: len(tokens) - start]
         return texts
 
     def _described(self, description: str, examples: Sequence[Example]) -> list[str]:
-        return self._answer([e.input for e in examples], self.specializer([description]))
+        return self._answer(examples, self.specializer([description]))
 
     @staticmethod
     def description(task: Task, seed: int) -> str:
@@ -80,12 +116,11 @@ class Methods:
 
     def zero_shot(self, task: Task, seed: int, examples: Sequence[Example]) -> list[str]:
         """The base model with the input alone."""
-        return self._answer([e.input for e in examples])
+        return self._answer(examples)
 
     def description_in_prompt(self, task, seed, examples) -> list[str]:
         """The base model with description and input."""
-        text = self.description(task, seed)
-        return self._answer([f'{text}\n\n{e.input}' for e in examples])
+        return self._answer(examples, before=f'{self.description(task, seed)}\n\n')
 
     def three_shot(self, task, seed, examples) -> list[str]:
         """The base model with three training examples and the input."""
@@ -94,11 +129,29 @@ class Methods:
         rng = np.random.default_rng((seed, len(task.train)))
         chosen = [task.train[i] for i in rng.choice(len(task.train), 3, replace=False)]
         shots = ''.join(f'Input: {e.input}\nOutput: {e.output}\n\n' for e in chosen)
-        return self._answer([f'{shots}Input: {e.input}\nOutput:' for e in examples])
+        return self._answer(examples, before=f'{shots}Input: ', after='\nOutput:')
 
     def t2l(self, task, seed, examples) -> list[str]:
         """The LoRA of the description; the input alone in the prompt."""
         return self._described(self.description(task, seed), examples)
+
+    def multitask(self, task, seed, examples) -> list[str]:
+        """One LoRA trained on all tasks."""
+        return self._answer(examples, self._entry(self._table('multitask'), 0))
+
+    def per_task(self, task, seed, examples) -> list[str] | None:
+        """The LoRA trained on this task alone: the oracle."""
+        table = self._table('per_task')
+        names = list(table.config.data.tasks)
+        if task.name not in names:
+            return None
+        return self._answer(examples, self._entry(table, names.index(task.name)))
+
+    def average(self, task, seed, examples) -> list[str]:
+        """The mean of A and of B over the LoRAs of all tasks."""
+        table = self._table('per_task')
+        mean = jax.tree.map(lambda x: x.mean(1, keepdims=True), table.params)
+        return self._answer(examples, self._entry(dataclasses.replace(table, params=mean), 0))
 
     def other_description(self, task, seed, examples) -> list[str]:
         """Control: the LoRA of another task's description."""
@@ -120,22 +173,20 @@ class Methods:
         """Control: the LoRA of no text at all."""
         embedder = self.specializer.trained.hypernetwork.encoder
         lora = self.specializer.from_embeddings(embedder.embed([embedder.encode('')]))
-        return self._answer([e.input for e in examples], lora)
+        return self._answer(examples, lora)
 
     def hyperdecoder(self, task, seed, examples) -> list[str]:
         """The LoRA of each input itself (after Ivison and Peters, 2022)."""
-        return self._answer(
-            [e.input for e in examples], self.specializer([e.input for e in examples])
-        )
+        return self._answer(examples, self.specializer([e.input for e in examples]))
 
 
-METHODS: dict[str, Callable[..., list[str]]] = {
+METHODS: dict[str, Callable[..., list[str] | None]] = {
     name: method
     for name, method in vars(Methods).items()
     if callable(method) and not name.startswith('_') and name != 'description'
 }
 # What they answer does not depend on the seed.
-_SEEDLESS = ('zero_shot', 'empty', 'hyperdecoder')
+_SEEDLESS = ('zero_shot', 'multitask', 'per_task', 'average', 'empty', 'hyperdecoder')
 
 
 def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None:
@@ -159,11 +210,16 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     if config.limit < 0 or config.seeds < 1:
         raise UserError('limit must not be negative, seeds must be positive')
     specializer = Specializer(trained.load(checkpoint))
-    settings = specializer.trained.config
-    held_out = {name for s in settings.data.sources for name in s.get('held_out', ())}
+    seen = set(specializer.trained.config.data.tasks)
+    tables = {
+        name: _load_table(config[name], specializer.trained.base) if config[name] else None
+        for name in ('multitask', 'per_task')
+    }
     tasks = _tasks(config)
-    if config.only_held_out:
-        tasks = [task for task in tasks if task.name in held_out]
+    if config.only not in ('', 'seen', 'unseen'):
+        raise UserError(f"only must be 'seen' or 'unseen' or empty, not {config.only!r}")
+    if config.only:
+        tasks = [task for task in tasks if (task.name in seen) == (config.only == 'seen')]
     if not tasks:
         raise UserError('no tasks to evaluate on')
     path = workdir / 'metrics.json'
@@ -173,11 +229,12 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
             'checkpoint': checkpoint,
             'weights': record.digest(specializer.trained.params),
             'methods': names,
-            **{k: config[k] for k in ('tasks', 'limit', 'seeds', 'max_new_tokens')},
+            'tables': {k: t and record.digest(t.params) for k, t in tables.items()},
+            **{k: config[k] for k in ('tasks', 'limit', 'seeds')},
         },
-        {'exact_match': {}, 'held_out': [], 'counts': {}, 'seconds': {}},
+        {'exact_match': {}, 'seen': [], 'counts': {}, 'seconds': {}},
     )
-    methods = Methods(specializer, tasks, config.max_new_tokens)
+    methods = Methods(specializer, tasks, **tables)
     todo = [task for task in tasks if task.name not in metrics['exact_match']]
     begun = time.perf_counter()
     for done, task in enumerate(todo, start=1):
@@ -187,6 +244,8 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
             start = time.perf_counter()
             runs = range(1 if name in _SEEDLESS else config.seeds)
             answers = [getattr(methods, name)(task, seed, examples) for seed in runs]
+            if answers[0] is None:
+                continue
             right = [
                 [exact_match(*pair) for pair in zip(texts, examples, strict=True)]
                 for texts in answers
@@ -195,7 +254,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
             seconds[name] = (time.perf_counter() - start) / (len(runs) * len(examples))
         metrics['exact_match'][task.name] = scores
         metrics['counts'][task.name], metrics['seconds'][task.name] = len(examples), seconds
-        metrics['held_out'] = sorted(held_out & metrics['exact_match'].keys())
+        metrics['seen'] = sorted(seen & metrics['exact_match'].keys())
         metrics['average'] = _averages(metrics)
         record.write(path, metrics)
         left = (time.perf_counter() - begun) / done * (len(todo) - done)
@@ -236,16 +295,25 @@ def _tasks(config: ConfigDict) -> list[Task]:
 
 
 def _averages(metrics: dict) -> dict[str, dict[str, float]]:
-    """Method -> mean over tasks, of tasks held out from training and of the others."""
+    """Method -> mean over tasks, of tasks seen in training and of the others. A method that does
+    not know all tasks of a group has no mean there: it would be one over other tasks."""
+    scores = metrics['exact_match']
     groups = {
-        'held_out': [name for name in metrics['exact_match'] if name in metrics['held_out']],
-        'other': [name for name in metrics['exact_match'] if name not in metrics['held_out']],
+        'seen': [scores[name] for name in scores if name in metrics['seen']],
+        'unseen': [scores[name] for name in scores if name not in metrics['seen']],
     }
     return {
         group: {
-            method: float(np.mean([metrics['exact_match'][name][method] for name in names]))
+            method: float(np.mean([task[method] for task in tasks]))
             for method in metrics['methods']
+            if all(method in task for task in tasks)
         }
-        for group, names in groups.items()
-        if names
+        for group, tasks in groups.items()
+        if tasks
     }
+
+
+def _load_table(checkpoint: str, base: BaseModel) -> Trained:
+    table = trained.load(checkpoint, base)
+    table.require('lora_table')
+    return table

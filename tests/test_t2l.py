@@ -120,6 +120,66 @@ def test_gradients_of_every_parameter(original):
         )
 
 
+@pytest.mark.parametrize(
+    ('case', 'delta'),
+    [
+        ('t2l_e1_recon_factorized_zscore', False),
+        ('t2l_e2_recon_deltaw', True),
+        ('t2l_e3_recon_factorized_raw', False),
+    ],
+)
+def test_reconstruction(case, delta):
+    """Loss, error in raw scale and gradients of `recon_trainer.compute_loss`."""
+    _, arrays = read_golden(case)
+    params, record = convert(find(f'{case}_ckpt', 'hypermod.pt'), mistral(), dtype='float32')
+    config, *_ = load_params(mistral())
+    module = t2l.build.make_module(ConfigDict(record['config']['hypernetwork']), config)
+    tasks, names = ('t0', 't1'), [name for name, *_ in module.config.dims]
+    repeats = [len(arrays[f'in/{task}/task_embs']) for task in tasks]
+    target = {
+        name: {
+            key: np.repeat(
+                [
+                    arrays[f'in/{task}/lora_{key.upper()}/{name}'].swapaxes(1, 1 + (key == 'b'))
+                    for task in tasks
+                ],
+                repeats,
+                0,
+            )
+            for key in 'ab'
+        }
+        for name in names
+    }
+    if module.config.z_score:
+        for name, pair in target.items():
+            for key in 'ab':
+                deviation = np.asarray(params[f'deviation_{key}_{name}'])
+                pair[f'{key}_deviation'] = np.broadcast_to(deviation, pair[key].shape)
+    embeddings = np.concatenate([arrays[f'in/{task}/task_embs'] for task in tasks])
+    batch = {'context': {'embedding': embeddings}, 'target': target}
+    hyper = Hypernetwork(module, None, lambda _, context: (context['embedding'], None), {})
+    objective = objectives.build(ConfigDict({'name': 'reconstruction', 'delta': delta}))
+    loss = Learner(hyper, None, objective, groups=1, optimizer=optax.sgd(1.0)).loss
+    frozen = {'base': None, 'encoder': None}
+    ours, sums = jax.jit(jax.grad(loss, has_aux=True))(params, frozen, batch)
+    count = sums['loss'][1]
+    assert count == sum(repeats)
+    np.testing.assert_allclose(sums['loss'][0] / count, arrays['loss'], rtol=1e-5)
+    np.testing.assert_allclose(sums['error'][0] / count, arrays['unnorm_err'], rtol=1e-5)
+    if not any(key.startswith('grad/') for key in arrays):
+        return
+    state = torch_files.load(f'{find(f"{case}_ckpt", "hypermod.pt")}/hypermod.pt')
+    grads = {k: arrays.get(f'grad/{k}', np.zeros_like(v)) for k, v in state.items()}
+    wanted = params_from_upstream(grads, module.config)
+    for (path, theirs), mine in zip(
+        jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(ours), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(
+            np.asarray(mine) / count, theirs, atol=1e-4 * np.abs(theirs).max() + 1e-9, err_msg=name
+        )
+
+
 # ------------------------------------------------------------------------------ the hypernetwork
 
 

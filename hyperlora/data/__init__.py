@@ -13,6 +13,7 @@ from hyperlora.models.base import BaseModel
 
 _BUILDERS = {
     'niah': 'd2l.niah:build',
+    'reconstruction': 't2l.reconstruction:build',
     'tasks': 't2l.data:build',
 }
 
@@ -29,8 +30,8 @@ def build(
       accumulate: microbatches per step.
 
     Returns:
-      Dataset of batches {'context', 'query'} (see `meta_learning.Learner.loss`), every leaf
-      `[accumulate, ...]`.
+      Dataset of batches {'context', 'query' or 'target'} (see `meta_learning.Learner.loss`),
+      every leaf `[accumulate, ...]`.
 
     Raises:
       UserError: no data set of that name.
