@@ -10,6 +10,8 @@ settings), `tiny` (seconds; for tests). For comparison, on SmolLM2 and the same 
 the folder LORAS, rather than on examples).
 """
 
+import functools
+
 from ml_collections import ConfigDict
 
 from hyperlora.errors import UserError
@@ -67,26 +69,13 @@ def get_config(argument: str = 'smollm2') -> ConfigDict:
         'multitask': _multitask,
         'per_task': _per_task,
         'reconstruction': _reconstruction,
-        'gemma2_2b': lambda: _published('gemma2_2b'),
-        'mistral_7b': lambda: _published('mistral_7b'),
-        'llama3_8b': lambda: _published('llama3_8b'),
+        'gemma2_2b': functools.partial(_published, 'gemma2_2b'),
+        'mistral_7b': functools.partial(_published, 'mistral_7b'),
+        'llama3_8b': functools.partial(_published, 'llama3_8b'),
     }
     if variant not in variants:
         raise UserError(f'unknown variant {variant!r} of t2l; known: {", ".join(variants)}')
-    config = variants[variant]()
-    if variant == 'reconstruction':
-        if not folder:
-            raise UserError('name the LoRAs to reconstruct: configs/t2l.py:reconstruction,LORAS')
-        config.hypernetwork.loras = config.data.loras = folder
-        return config
-    sources = _sources(folder)
-    config.data.sources = sources
-    if variant == 'per_task':
-        config.data.sources = sources[:1]
-        count = len(collect(config.data).train)
-        config.hypernetwork.shape.entries = count
-        _steps(config, -(-count * _VISITS // config.groups))
-    return config
+    return variants[variant](folder)
 
 
 def _sources(folder: str) -> tuple[dict, ...]:
@@ -96,7 +85,7 @@ def _sources(folder: str) -> tuple[dict, ...]:
     return ({'reader': 'json', 'path': folder, 'held_out': HELD_OUT['json']}, generated)
 
 
-def _published(base: str) -> ConfigDict:
+def _published(base: str, folder: str) -> ConfigDict:
     """The settings of the paper, L."""
     steps = 160_000
     return ConfigDict(
@@ -148,15 +137,15 @@ def _published(base: str) -> ConfigDict:
                 # Rows are filled with examples of one task.
                 'row_tokens': 512,
                 'row_labels': 256,
-                'sources': (),
+                'sources': _sources(folder),
                 'tasks': (),  # filled in when the tasks are read: the names of those trained on
             },
         }
     )
 
 
-def _smollm2() -> ConfigDict:
-    config = _published('smollm2')
+def _smollm2(folder: str) -> ConfigDict:
+    config = _published('smollm2', folder)
     config.base_dtype = 'float32'
     config.remat = 'none'
     config.log_every = 10
@@ -177,9 +166,9 @@ def _smollm2() -> ConfigDict:
     return config
 
 
-def _tiny() -> ConfigDict:
+def _tiny(folder: str) -> ConfigDict:
     """A few steps of a small hypernetwork on the real base model."""
-    config = _smollm2()
+    config = _smollm2(folder)
     config.hypernetwork.modules = ('q_proj',)
     config.hypernetwork.shape.update({'latent_size': 16, 'head_width': 16})
     config.groups = 2
@@ -190,9 +179,9 @@ def _tiny() -> ConfigDict:
     return config
 
 
-def _multitask() -> ConfigDict:
+def _multitask(folder: str) -> ConfigDict:
     """One LoRA for all tasks."""
-    config = _smollm2()
+    config = _smollm2(folder)
     shape = config.hypernetwork.shape
     config.name = 'multitask'
     config.hypernetwork = ConfigDict(
@@ -207,20 +196,27 @@ def _multitask() -> ConfigDict:
     return config
 
 
-def _per_task() -> ConfigDict:
-    """A LoRA per task."""
-    config = _multitask()
+def _per_task(folder: str) -> ConfigDict:
+    """A LoRA per task of the folder, or per generated task."""
+    config = _multitask(folder)
     config.name = 'per_task'
+    config.data.sources = config.data.sources[:1]
+    config.hypernetwork.shape.entries = entries = len(collect(config.data).train)
+    _steps(config, -(-entries * _VISITS // config.groups))
     return config
 
 
-def _reconstruction() -> ConfigDict:
-    config = _smollm2()
+def _reconstruction(loras: str) -> ConfigDict:
+    """A hypernetwork that makes the LoRAs of the checkpoint `loras`."""
+    if not loras:
+        raise UserError('name the LoRAs to reconstruct: configs/t2l.py:reconstruction,LORAS')
+    config = _smollm2('')
     config.name = 'reconstruction'
+    config.hypernetwork.loras = loras
     config.hypernetwork.shape.update({'head_init': 'random', 'z_score': True})
     config.objective = ConfigDict({'name': 'reconstruction', 'delta': False})
     config.data = ConfigDict(
-        {'name': 'reconstruction', 'loras': '', 'z_score': True, 'steps': 0, 'tasks': ()}
+        {'name': 'reconstruction', 'loras': loras, 'z_score': True, 'steps': 0, 'tasks': ()}
     )
     _steps(config, 2000)
     config.optimizer.learning_rate = 1e-3

@@ -93,7 +93,9 @@ def load(
             )
     except (KeyError, AttributeError, TypeError) as e:
         raise UserError(f'{folder}/config.json is not that of a hypernetwork ({e})') from e
-    expected = nn.unbox(jax.eval_shape(built.init, jax.random.key(0), built.encoder.params))
+    expected = jax.eval_shape(
+        lambda frozen: nn.unbox(built.init(jax.random.key(0), frozen)), built.encoder.params
+    )
     wrong = differences(expected, params)
     if wrong:
         raise UserError(f'{folder}: the tensors do not fit the config: {", ".join(wrong)}')

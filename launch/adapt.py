@@ -1,10 +1,10 @@
 """Writes a LoRA: of a document that it internalises, or of a task that is described to it.
 
-    python -m launch.adapt --checkpoint=NAME_OR_DIR --document=FILE --output=DIR [--iterative]
-    python -m launch.adapt --checkpoint=NAME_OR_DIR --task="DESCRIPTION" --output=DIR
+    python -m launch.adapt --document=FILE --output=DIR [--iterative]
+    python -m launch.adapt --task="DESCRIPTION" --output=DIR
 
-Both take [--format=peft] [--base_quantization=int8]. The LoRA is a PEFT adapter; ask it with
-launch.ask.
+Both take [--checkpoint=NAME_OR_DIR] [--format=peft] [--base_quantization=int8]. The LoRA is a PEFT
+adapter; ask it with launch.ask.
 """
 
 import hashlib
@@ -15,7 +15,11 @@ from absl import flags
 from hyperlora.errors import UserError
 from launch import cli
 
-_CHECKPOINT = flags.DEFINE_string('checkpoint', 'smollm2-niah', 'Shipped weights or a folder.')
+_CHECKPOINT = flags.DEFINE_string(
+    'checkpoint',
+    None,
+    'Shipped weights or a folder; by default smollm2-niah for documents, smollm2-t2l for tasks.',
+)
 _DOCUMENT = flags.DEFINE_string('document', None, 'UTF-8 text file.')
 _TASK = flags.DEFINE_string('task', None, 'Description of a task.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the adapter.', required=True)
@@ -56,14 +60,15 @@ def main(_):
 
     from hyperlora import adapters, trained
 
-    model = trained.load(_CHECKPOINT.value, quantization=_QUANTIZATION.value)
+    checkpoint = _CHECKPOINT.value or ('smollm2-niah' if document else 'smollm2-t2l')
+    model = trained.load(checkpoint, quantization=_QUANTIZATION.value)
     start = time.perf_counter()
     lora, read = (internalize if document else specialize)(model, text)
     jax.block_until_ready(lora)
     seconds = time.perf_counter() - start
     metadata = {
         'base_fingerprint': model.base.fingerprint,
-        'hypernetwork': _CHECKPOINT.value,
+        'hypernetwork': checkpoint,
     }
     if document:
         metadata['document_sha256'] = hashlib.sha256(text.encode()).hexdigest()

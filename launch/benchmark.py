@@ -16,6 +16,9 @@ from launch import cli
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for benchmark.json.', required=True)
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'smollm2-niah', 'Shipped weights or a folder.')
+_TASK_CHECKPOINT = flags.DEFINE_string(
+    'task_checkpoint', 'smollm2-t2l', 'Shipped weights or a folder.'
+)
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed runs; the median counts.')
 
 
@@ -141,6 +144,7 @@ def main(_):
     from d2l import haystacks, niah
     from d2l.internalize import Internalizer
     from hyperlora import data, trained
+    from t2l.specialize import Specializer
 
     model = trained.load(_CHECKPOINT.value)
     base, config = model.base, model.config
@@ -215,6 +219,19 @@ def main(_):
         },
     }
     report('published_shape_train_step', against_original(train_step(published, base, ones), 1216))
+    specializer = Specializer(trained.load(_TASK_CHECKPOINT.value, base))
+    for count in (1, 64):
+        texts = [f'Repeat the word, followed by the number {n}.' for n in range(count)]
+        embeddings = specializer.trained.hypernetwork.encoder(texts)
+        report(
+            f'loras_of_{count}_descriptions',
+            {
+                'from_text': measure(lambda texts=texts: specializer(texts).pairs),
+                'from_embeddings': measure(
+                    lambda x=embeddings: specializer.from_embeddings(x).pairs
+                ),
+            },
+        )
     report('peak_memory_bytes', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     path = workdir / 'benchmark.json'
     path.with_suffix('.partial').write_text(json.dumps(results, indent=2) + '\n')

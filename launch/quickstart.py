@@ -1,8 +1,10 @@
-"""Hides a number in a document longer than the base model's window, internalises it, and asks.
+"""A frozen model learns a document, and tasks, in one forward pass each.
 
-    python -m launch.quickstart [--checkpoint=NAME_OR_DIR] [--document=FILE --question=TEXT]
+    python -m launch.quickstart [--document=FILE --question=TEXT] [--task=TEXT --input=TEXT]
 
-With --document and --question the same is done for a document of yours.
+Doc-to-LoRA: hides a number in a document longer than the base model's window, internalises it, and
+asks. Text-to-LoRA: describes tasks that were never trained on, and answers inputs of them. With
+--document and --question, or --task and --input, the same is done for yours.
 """
 
 import time
@@ -12,14 +14,28 @@ from absl import flags
 from hyperlora.errors import UserError
 from launch import cli
 
-_CHECKPOINT = flags.DEFINE_string('checkpoint', 'smollm2-niah', 'Shipped weights or a folder.')
+_CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', 'smollm2-niah', 'Doc-to-LoRA: shipped weights or a folder.'
+)
+_TASK_CHECKPOINT = flags.DEFINE_string(
+    'task_checkpoint', 'smollm2-t2l', 'Text-to-LoRA: shipped weights or a folder.'
+)
 _DOCUMENT = flags.DEFINE_string('document', None, 'UTF-8 text file.')
 _QUESTION = flags.DEFINE_string('question', None, 'What to ask about the document.')
+_TASK = flags.DEFINE_string('task', None, 'Description of a task.')
+_INPUT = flags.DEFINE_multi_string('input', None, 'Input of that task; may be given repeatedly.')
 _SEED = flags.DEFINE_integer(
     'seed', None, 'Of the number and its place; default: the clock.', lower_bound=0
 )
 
 _TOKENS = 10_000  # of the generated document: past SmolLM2's window of 8192
+# Tasks that `smollm2-t2l` was not trained on.
+_TASKS = {
+    'Translate the day of the week into German.': ('Monday', 'Friday'),
+    'Of the words in the list, give the one that names a colour.': (
+        'goat, purple, mouse, hen, cow',
+    ),
+}
 
 
 def compare(model, document, question, max_new_tokens):
@@ -75,9 +91,41 @@ def compare(model, document, question, max_new_tokens):
     )
 
 
+def specialise(model, task, inputs):
+    """Answers inputs of a task with the LoRA of its description, and with the description in the
+    prompt; prints a table.
+
+    Args:
+      model: a `Trained`.
+      task: the description.
+      inputs: texts.
+    """
+    import jax
+
+    from hyperlora.generation import answer
+    from t2l.specialize import Specializer
+
+    start = time.perf_counter()
+    lora = jax.block_until_ready(Specializer(model)([task]))
+    print(
+        f'\n{task} -> LoRA of {lora.nbytes / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s '
+        'with compilation'
+    )
+
+    def answers(before='', lora=None):
+        prompts = [model.base.tokenizer.prompt(before + text) for text in inputs]
+        return [' '.join(text.split()) for text in answer(model.base, prompts, 16, lora)]
+
+    print(f'{"input":36}{"with the LoRA":20}with the description in the prompt')
+    for row in zip(inputs, answers(lora=lora), answers(f'{task}\n\n'), strict=True):
+        print('{:36}{:20}{}'.format(*row), flush=True)
+
+
 def main(_):
     if (_DOCUMENT.value is None) != (_QUESTION.value is None):
         raise UserError('--document and --question belong together: give both or neither')
+    if (_TASK.value is None) != (_INPUT.value is None):
+        raise UserError('--task and --input belong together: give both or neither')
     text = None if _DOCUMENT.value is None else cli.read_text(_DOCUMENT.value)
     import numpy as np
 
@@ -104,6 +152,12 @@ def main(_):
         document = model.hypernetwork.encoder.tokenizer.encode(text)
         print(f'\n{_DOCUMENT.value}, {len(document)} tokens: {_QUESTION.value}')
         compare(model, document, _QUESTION.value, 64)
+
+    model = trained.load(_TASK_CHECKPOINT.value, model.base)
+    for task, inputs in _TASKS.items():
+        specialise(model, task, inputs)
+    if _TASK.value is not None:
+        specialise(model, _TASK.value, _INPUT.value)
 
 
 if __name__ == '__main__':

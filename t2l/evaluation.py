@@ -74,10 +74,10 @@ class Methods:
             raise UserError(f'this method needs --config.{name}=CHECKPOINT (configs/t2l.py:{name})')
         return table
 
-    def _entry(self, table: Trained, number: int) -> Lora:
-        return table.hypernetwork.generate(
-            table.params, None, {'task': np.asarray([number], np.int32)}
-        )[0]
+    @staticmethod
+    def _entries(table: Trained, *numbers: int) -> Lora:
+        tasks = {'task': np.asarray(numbers, np.int32)}
+        return table.hypernetwork.generate(table.params, None, tasks)[0]
 
     def _answer(
         self, examples: Sequence[Example], lora: Lora | None = None, before='', after=''
@@ -137,7 +137,7 @@ class Methods:
 
     def multitask(self, task, seed, examples) -> list[str]:
         """One LoRA trained on all tasks."""
-        return self._answer(examples, self._entry(self._table('multitask'), 0))
+        return self._answer(examples, self._entries(self._table('multitask'), 0))
 
     def per_task(self, task, seed, examples) -> list[str] | None:
         """The LoRA trained on this task alone: the oracle."""
@@ -145,13 +145,14 @@ class Methods:
         names = list(table.config.data.tasks)
         if task.name not in names:
             return None
-        return self._answer(examples, self._entry(table, names.index(task.name)))
+        return self._answer(examples, self._entries(table, names.index(task.name)))
 
     def average(self, task, seed, examples) -> list[str]:
         """The mean of A and of B over the LoRAs of all tasks."""
         table = self._table('per_task')
-        mean = jax.tree.map(lambda x: x.mean(1, keepdims=True), table.params)
-        return self._answer(examples, self._entry(dataclasses.replace(table, params=mean), 0))
+        loras = self._entries(table, *range(len(table.config.data.tasks)))
+        mean = jax.tree.map(lambda x: x.mean(1, keepdims=True), loras.pairs)
+        return self._answer(examples, loras.replace(pairs=mean))
 
     def other_description(self, task, seed, examples) -> list[str]:
         """Control: the LoRA of another task's description."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors
 from absl import app, flags
+from test_reconstruction import write_table
 
 from configs import d2l_niah
 from configs import t2l as t2l_config
@@ -263,7 +264,6 @@ def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
         'config_tasks': tmp_path / 'tasks',
         'config_generated': False,
         'config_seeds': 1,
-        'config_max_new_tokens': 12,
     }
     assert_mistake(command('evaluate', **settings), 'shout', '--config.descriptions')
     (tmp_path / 'given.yaml').write_text('shout: [Say it in capitals.]')
@@ -276,12 +276,32 @@ def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
     metrics = json.loads((tmp_path / 'run/metrics.json').read_text())
     scores = metrics['exact_match']
     assert set(scores) == {'shout', 'whisper'}
-    assert set(scores['shout']) == set(t2l_evaluation.METHODS)
+    plain = {'multitask', 'per_task', 'average'}
+    assert set(scores['shout']) == set(t2l_evaluation.METHODS) - plain
     # Alone the base model answers rightly; what is added to prompt or weights confuses it.
     assert scores['shout']['zero_shot'] == 1 and scores['shout']['description_in_prompt'] == 0
-    assert metrics['average']['other']['zero_shot'] == 1
+    assert metrics['average']['unseen']['zero_shot'] == 1 and metrics['seen'] == []
     settings['config_methods'] = 't2l,zero_shot,guess'
     assert_mistake(command('evaluate', **settings), 'unknown methods guess;')
+
+    settings['config_methods'] = 'zero_shot,multitask,per_task,average'
+    settings['workdir'] = tmp_path / 'plain'
+    assert_mistake(command('evaluate', **settings), '--config.multitask=CHECKPOINT')
+    write_table(tmp_path / 'one', base, entries=1, tasks=('whisper', 'other'), scaling=0.0)
+    write_table(tmp_path / 'table', base, entries=2, tasks=('whisper', 'other'), scaling=200.0)
+    settings['config_multitask'] = tmp_path / 'one'
+    settings['config_per_task'] = task_checkpoint
+    assert_mistake(command('evaluate', **settings), 'text_to_lora; a lora_table is needed')
+    settings['config_per_task'] = tmp_path / 'table'
+    code, out, err = command('evaluate', **settings)
+    assert code == 0, err
+    metrics = json.loads((tmp_path / 'plain/metrics.json').read_text())
+    # A LoRA that does nothing answers as the base model does; random ones confuse it.
+    assert metrics['exact_match'] == {
+        'shout': {'zero_shot': 1.0, 'multitask': 1.0, 'average': 0.0},
+        'whisper': {'zero_shot': 1.0, 'multitask': 1.0, 'per_task': 0.0, 'average': 0.0},
+    }
+    assert 'per_task' not in metrics['average']['unseen']
 
 
 def test_export_of_a_training(command, untrained, base, tmp_path):
