@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPU slices that are requested as a queued resource.
 set -euo pipefail
+# shellcheck source=/dev/null
+. "$(dirname "${BASH_SOURCE[0]}")/../shell.sh"
 
 usage() {
   cat <<'TEXT'
@@ -36,23 +38,6 @@ TEXT
 MAX_FAILURES=3 # of the training or of the request; preemptions are not counted.
 
 say() { printf 'pod.sh: %s\n' "$*" >&2; }
-
-mistake() {
-  printf 'error: %s\n' "$*" >&2
-  exit 2
-}
-
-# Prints the arguments as one line that a shell reads back as the same arguments.
-quote() {
-  local argument words=()
-  for argument; do
-    if [[ ! $argument =~ ^[A-Za-z0-9_./:=@,+-]+$ ]]; then
-      argument="'$(printf '%s' "$argument" | sed "s/'/'\\\\''/g")'"
-    fi
-    words+=("$argument")
-  done
-  printf '%s' "${words[*]}"
-}
 
 execute() {
   if [[ $dry_run ]]; then
@@ -112,7 +97,11 @@ nohup flock train.lock bash -c $(quote "$training; echo \$? > train.status") \
 }
 
 # Ends what is left of a training of which a worker has failed.
-clear_workers() { on_every_worker 'fuser --kill --silent hyperlora/train.lock || true'; }
+clear_workers() {
+  on_every_worker 'cd hyperlora || exit 1
+fuser --kill --silent train.lock 2> /dev/null || true
+flock --wait 60 train.lock true'
+}
 
 logs() {
   queued_resources ssh "$name" --worker="$worker" --command='tail -n 100 -F hyperlora/train.log'
@@ -308,8 +297,9 @@ if [[ $command == setup || $command == watch ]]; then
   require repo "$repo" https://github.com/OWNER/REPOSITORY
   # A branch may move between two starts of one training; a commit cannot.
   if [[ ! $commit =~ ^[0-9a-f]{40}$ ]]; then
-    commit=$(git -C "$root" rev-parse --quiet --verify "$commit^{commit}" 2> /dev/null) ||
-      mistake "--commit=$commit: no such revision in this checkout; give a branch, tag or commit"
+    revision=$commit
+    commit=$(git -C "$root" rev-parse --quiet --verify "$revision^{commit}" 2> /dev/null) ||
+      mistake "--commit=$revision: no such revision in this checkout; give a branch, tag or commit"
   fi
 fi
 
