@@ -47,6 +47,7 @@ def _published(base: str, early_exit: int) -> ConfigDict:
             'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
             'remat': 'full',
             'neftune': 0.0,
+            'init_from': '',  # weights to start from: a name, an export or a workdir
             'groups': 1,  # packed rows per data shard
             'accumulate': 1,
             'log_every': 10,

@@ -98,6 +98,7 @@ def _published(base: str, folder: str) -> ConfigDict:
             'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
             'remat': 'full',
             'neftune': 5.0,
+            'init_from': '',  # weights to start from: a name, an export or a workdir
             'groups': 8,
             'accumulate': 1,
             'log_every': 10,
@@ -133,6 +134,7 @@ def _published(base: str, folder: str) -> ConfigDict:
             'data': {
                 'name': 'tasks',
                 'steps': steps,
+                'description_noise': 0.0,
                 'max_tokens': 512,  # longer examples are left out
                 # Rows are filled with examples of one task.
                 'row_tokens': 512,
@@ -159,6 +161,7 @@ def _smollm2(folder: str) -> ConfigDict:
     # Many tasks a step, with about two examples each: what tells tasks apart is learned sooner.
     config.groups = 16
     config.data.update({'max_tokens': 40, 'row_tokens': 40, 'row_labels': 20})
+    config.data.description_noise = 0.3
     _steps(config, 800)
     config.optimizer.update(
         {'learning_rate': 1e-4, 'end_learning_rate': 1e-6, 'warmup_steps': 20, 'b2': 0.98}

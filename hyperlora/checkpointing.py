@@ -183,18 +183,7 @@ def check_meta(saved: dict, current: dict):
     Raises:
       UserError: another base model or encoder, or changed settings.
     """
-    missing = current.keys() - saved.keys()
-    if missing:
-        raise UserError(
-            f'the checkpoint has no {" and ".join(sorted(missing))}: it was not written by this '
-            'program; use another workdir'
-        )
-    for key, name in (('base_fingerprint', 'base model'), ('encoder_fingerprint', 'encoder')):
-        if saved[key] != current[key]:
-            raise UserError(
-                f'the checkpoint was trained with the {name} {saved[key]}, this run uses '
-                f'{current[key]}: use another workdir or the old {name}'
-            )
+    check_models(saved, current)
     old, new = _settings(saved['config']), _settings(current['config'])
     changes = [
         f'{key}: {old.get(key, "absent")} -> {new.get(key, "absent")}'
@@ -207,6 +196,26 @@ def check_meta(saved: dict, current: dict):
             f'settings differ from those of the checkpoint ({shown}): '
             'use another workdir or the old settings'
         )
+
+
+def check_models(saved: dict, current: dict):
+    """Checks that a checkpoint is for the base model and the encoder of this run; see `check_meta`.
+
+    Raises:
+      UserError: it is not.
+    """
+    missing = current.keys() - saved.keys()
+    if missing:
+        raise UserError(
+            f'the checkpoint has no {" and ".join(sorted(missing))}: it was not written by this '
+            'program; use another workdir'
+        )
+    for key, name in (('base_fingerprint', 'base model'), ('encoder_fingerprint', 'encoder')):
+        if saved[key] != current[key]:
+            raise UserError(
+                f'the checkpoint was trained with the {name} {saved[key]}, this run uses '
+                f'{current[key]}: use another workdir or the old {name}'
+            )
 
 
 def export(directory, params, config: dict, dtype: str = 'bfloat16'):

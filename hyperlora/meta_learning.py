@@ -30,8 +30,8 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from hyperlora import data, hypernetwork, lora, objectives, sharding
-from hyperlora.checkpointing import Checkpointer, check_meta
+from hyperlora import data, hypernetwork, lora, objectives, sharding, trained
+from hyperlora.checkpointing import Checkpointer, check_meta, check_models
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.lora import Lora
@@ -270,6 +270,10 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         if start is None:
             state = jax.jit(init, out_shardings=places)(encoder.params)
             params = learner.hypernetwork.start(state.params)
+            if config.init_from:
+                folder, params, record = trained.read(config.init_from)
+                check_models(record, meta)
+                trained.check_fit(folder, abstract.params, params)
             state = state.replace(params=jax.device_put(params, places.params))
         else:
             check_meta(checkpointer.meta(start), meta)

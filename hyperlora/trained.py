@@ -61,17 +61,7 @@ def load(
       UserError: unknown name, damaged or foreign files, or another base model than the one that
         the checkpoint was trained with.
     """
-    names = sorted(p.name for p in PRETRAINED.glob('*') if p.is_dir())
-    folder = PRETRAINED / checkpoint if checkpoint in names else pathlib.Path(checkpoint)
-    if (folder / 'checkpoints').is_dir():
-        params, meta = checkpointing.load_params((folder / 'checkpoints').resolve())
-    elif (folder / 'config.json').is_file():
-        params, meta = checkpointing.load_export(folder)
-    else:
-        raise UserError(
-            f'unknown checkpoint {checkpoint!r}: neither shipped weights '
-            f'({", ".join(names) or "none"}) nor a folder that holds a checkpoint'
-        )
+    folder, params, meta = read(checkpoint)
     try:
         config, fingerprint = ConfigDict(meta['config']), meta['base_fingerprint']
         encoder_fingerprint = meta['encoder_fingerprint']
@@ -96,10 +86,28 @@ def load(
     expected = jax.eval_shape(
         lambda frozen: nn.unbox(built.init(jax.random.key(0), frozen)), built.encoder.params
     )
-    wrong = differences(expected, params)
-    if wrong:
-        raise UserError(f'{folder}: the tensors do not fit the config: {", ".join(wrong)}')
+    check_fit(folder, expected, params)
     return Trained(config, base, built, jax.tree.map(jnp.asarray, params))
+
+
+def read(checkpoint: str) -> tuple[pathlib.Path, Any, dict]:
+    """(folder, parameters, record) of a checkpoint; see `load`."""
+    names = sorted(p.name for p in PRETRAINED.glob('*') if p.is_dir())
+    folder = PRETRAINED / checkpoint if checkpoint in names else pathlib.Path(checkpoint)
+    if (folder / 'checkpoints').is_dir():
+        return folder, *checkpointing.load_params((folder / 'checkpoints').resolve())
+    if (folder / 'config.json').is_file():
+        return folder, *checkpointing.load_export(folder)
+    raise UserError(
+        f'unknown checkpoint {checkpoint!r}: neither shipped weights '
+        f'({", ".join(names) or "none"}) nor a folder that holds a checkpoint'
+    )
+
+
+def check_fit(folder: pathlib.Path, expected: Any, found: Any) -> None:
+    """Raises UserError unless two trees of parameters agree in names and shapes."""
+    if wrong := differences(expected, found):
+        raise UserError(f'{folder}: the tensors do not fit the config: {", ".join(wrong)}')
 
 
 def differences(expected: Any, found: Any) -> list[str]:

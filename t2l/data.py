@@ -84,12 +84,28 @@ class TaskGroups:
         order = np.random.default_rng((self.seed, 0, step)).permutation(len(self.examples))
         task = order[group]
         rng = np.random.default_rng((self.seed, 1, index))
-        embedding = self.embeddings[task][rng.integers(len(self.embeddings[task]))]
+        embedding = describe(rng, self.embeddings[task], self.config.description_noise)
         examples = self.examples[task]
         pairs = (examples[i] for i in rng.permutation(len(examples)))
         query = pack(pairs, self.config.row_tokens, self.config.row_labels)
         context = {'embedding': embedding[None], 'task': np.asarray([task], np.int32)}
         return {'context': context, 'query': query}
+
+
+def describe(rng: np.random.Generator, embeddings: np.ndarray, noise: float) -> np.ndarray:
+    """An embedding of a task, `[e]` f32, drawn from those of its descriptions, `[descriptions, e]`.
+
+    Args:
+      noise: 0 for one of them as it is (the paper); otherwise a random point between two of them,
+        and normal noise of so many times the root mean square of an entry. A few descriptions are
+        soon known by heart; so the hypernetwork sees the region between them.
+    """
+    first, second = embeddings[rng.integers(len(embeddings), size=2)]
+    if not noise:
+        return first
+    mixed = first + rng.random(dtype=np.float32) * (second - first)
+    size = noise * np.sqrt(np.mean(np.square(mixed)))
+    return mixed + size * rng.standard_normal(mixed.shape, np.float32)
 
 
 def pack(

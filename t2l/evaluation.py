@@ -108,11 +108,13 @@ class Methods:
     def _described(self, description: str, examples: Sequence[Example]) -> list[str]:
         return self._answer(examples, self.specializer([description]))
 
-    @staticmethod
-    def description(task: Task, seed: int) -> str:
-        """One that was not trained on, where there is one."""
-        texts = task.test_descriptions or task.descriptions
-        return texts[seed % len(texts)]
+    def description(self, task: Task, seed: int) -> str:
+        """One that was not trained on, where there is one: of a task that was not, any."""
+        texts = task.test_descriptions
+        if not texts or task.name not in self.specializer.trained.config.data.tasks:
+            texts = task.descriptions + task.test_descriptions
+        order = np.random.default_rng([*task.name.encode()]).permutation(len(texts))
+        return texts[order[seed % len(texts)]]
 
     def zero_shot(self, task: Task, seed: int, examples: Sequence[Example]) -> list[str]:
         """The base model with the input alone."""

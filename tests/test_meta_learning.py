@@ -275,6 +275,26 @@ def test_a_run_in_two_parts_is_the_same_run(straight, tmp_path, monkeypatch, cap
     assert metrics_of(tmp_path) == metrics_of(straight[0])
 
 
+def test_a_run_from_weights(straight, tmp_path, monkeypatch):
+    """It starts with the weights, but at step 0, with a fresh optimiser; a rate of 0 keeps them."""
+    config = tiny_training()
+    config.init_from = str(straight[0])
+    config.optimizer.learning_rate = config.optimizer.end_learning_rate = 0.0
+    state = meta_learning.train(config, str(tmp_path / 'run'))
+    assert int(state.step) == 6
+    assert_identical(value_of(state).params, straight[1].params)
+
+    config.hypernetwork.shape.rank *= 2
+    with pytest.raises(UserError, match='tensors do not fit the config'):
+        meta_learning.train(config, str(tmp_path / 'other'))
+    monkeypatch.setattr(
+        meta_learning, 'load_base', lambda *_: dataclasses.replace(tiny_base(), fingerprint='x')
+    )
+    with pytest.raises(UserError, match='trained with the base model'):
+        meta_learning.train(config, str(tmp_path / 'other'))
+    assert not list((tmp_path / 'other').glob('checkpoints/[0-9]*'))
+
+
 def test_a_finished_run_ends_at_once(straight, tmp_path, capsys):
     shutil.copytree(straight[0], tmp_path / 'run')
     state = meta_learning.train(tiny_training(), str(tmp_path / 'run'))

@@ -20,7 +20,7 @@ from hyperlora.meta_learning import Learner
 from hyperlora.models.base import load_params
 from hyperlora.models.decoder import Decoder
 from hyperlora.upstream import convert
-from t2l.data import TaskGroups, pack
+from t2l.data import TaskGroups, describe, pack
 from t2l.hypernetwork import TextToLora, TextToLoraConfig
 from t2l.tasks import Example, Task
 from t2l.upstream import params_from_upstream
@@ -279,7 +279,9 @@ def task(name, inputs):
 
 
 TASKS = tuple(task(f'task {i}', [f'{chr(97 + i)}{"x" * n}' for n in range(1, 9)]) for i in range(5))
-SETTINGS = ConfigDict({'max_tokens': 30, 'row_tokens': 48, 'row_labels': 24, 'steps': 4})
+SETTINGS = ConfigDict(
+    {'max_tokens': 30, 'row_tokens': 48, 'row_labels': 24, 'steps': 4, 'description_noise': 0.0}
+)
 
 
 def groups(per_step=3, **changes):
@@ -322,6 +324,23 @@ def test_groups_are_packed_rows_of_one_task():
         assert set(texts) <= known  # never the test example
         seen.add((index // 3, number))
     assert len(seen) == len(source)  # the tasks of a step are different
+
+
+def test_described_by_a_region():
+    rng = np.random.default_rng(0)
+    embeddings = 3 * rng.standard_normal((5, 400)).astype(np.float32)
+    plain = [describe(rng, embeddings, 0.0) for _ in range(40)]
+    assert {tuple(x) for x in plain} == {tuple(x) for x in embeddings}
+    for noise in (1e-6, 0.5):
+        drawn = describe(rng, embeddings, noise)
+        assert drawn.dtype == np.float32
+        weights, *_ = np.linalg.lstsq(embeddings.T, drawn)
+        # Near a point between two of them, away from it by noise in all directions.
+        away = drawn - embeddings.T @ weights
+        mixed = np.sqrt(np.mean((drawn - away) ** 2))
+        np.testing.assert_allclose(np.sqrt(np.mean(away**2)) / mixed, noise, rtol=0.2, atol=1e-6)
+        top = np.sort(weights)
+        np.testing.assert_allclose(top[-2:].sum(), 1, atol=0.3 * noise + 1e-4)
 
 
 def test_packed_rows_give_the_loss_of_separate_ones():
