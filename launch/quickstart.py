@@ -3,8 +3,8 @@
     python -m launch.quickstart [--document=FILE --question=TEXT] [--task=TEXT --input=TEXT]
 
 Doc-to-LoRA: hides a number in a document longer than the base model's window, internalises it, and
-asks. Text-to-LoRA: describes tasks that were never trained on, and answers inputs of them. With
---document and --question, or --task and --input, the same is done for yours.
+asks. Text-to-LoRA: describes tasks, and answers inputs of them. With --document and --question, or
+--task and --input, the same is done for yours.
 """
 
 import time
@@ -29,12 +29,11 @@ _SEED = flags.DEFINE_integer(
 )
 
 _TOKENS = 10_000  # of the generated document: past SmolLM2's window of 8192
-# Tasks that `smollm2-t2l` was not trained on.
+# Kinds of tasks that `smollm2-t2l` was trained on, as a user would put them.
 _TASKS = {
-    'Translate the day of the week into German.': ('Monday', 'Friday'),
-    'Of the words in the list, give the one that names a colour.': (
-        'goat, purple, mouse, hen, cow',
-    ),
+    'Write the plural of the noun.': ('city', 'wolf'),
+    'Turn the sentence into its negative.': ('The cat likes milk.', 'Anna went home.'),
+    'Name the capital of the country.': ('Japan', 'Italy'),
 }
 
 
