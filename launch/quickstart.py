@@ -115,9 +115,9 @@ def specialise(model, task, inputs):
         prompts = [model.base.tokenizer.prompt(before + text) for text in inputs]
         return [' '.join(text.split()) for text in answer(model.base, prompts, 16, lora)]
 
-    print(f'{"input":36}{"with the LoRA":20}with the description in the prompt')
+    print(f'{"input":24}{"with the LoRA":32}with the description in the prompt')
     for row in zip(inputs, answers(lora=lora), answers(f'{task}\n\n'), strict=True):
-        print('{:36}{:20}{}'.format(*row), flush=True)
+        print('{:24}{:32}{}'.format(*row), flush=True)
 
 
 def main(_):
