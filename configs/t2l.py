@@ -134,7 +134,7 @@ def _published(base: str, folder: str) -> ConfigDict:
             'data': {
                 'name': 'tasks',
                 'steps': steps,
-                'description_noise': 0.0,
+                'description_noise': 0.0,  # see t2l.data.describe
                 'max_tokens': 512,  # longer examples are left out
                 # Rows are filled with examples of one task.
                 'row_tokens': 512,
@@ -219,7 +219,13 @@ def _reconstruction(loras: str) -> ConfigDict:
     config.hypernetwork.shape.update({'head_init': 'random', 'z_score': True})
     config.objective = ConfigDict({'name': 'reconstruction', 'delta': False})
     config.data = ConfigDict(
-        {'name': 'reconstruction', 'loras': loras, 'z_score': True, 'steps': 0, 'tasks': ()}
+        {
+            'name': 'reconstruction',
+            'loras': config.hypernetwork.get_ref('loras'),
+            'z_score': config.hypernetwork.shape.get_ref('z_score'),
+            'steps': 0,
+            'tasks': (),
+        }
     )
     _steps(config, 2000)
     config.optimizer.learning_rate = 1e-3

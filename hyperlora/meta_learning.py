@@ -269,11 +269,12 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         start = checkpointer.latest_step()
         if start is None:
             state = jax.jit(init, out_shardings=places)(encoder.params)
-            params = learner.hypernetwork.start(state.params)
             if config.init_from:
                 folder, params, record = trained.read(config.init_from)
                 check_models(record, meta)
                 trained.check_fit(folder, abstract.params, params)
+            else:
+                params = learner.hypernetwork.start(state.params)
             state = state.replace(params=jax.device_put(params, places.params))
         else:
             check_meta(checkpointer.meta(start), meta)
@@ -299,8 +300,8 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         metrics = None
         for step in range(start + 1, last_step + 1):
             batch = jax.device_put(next(batches), batch_place)
-            answers = batch['query']['tokens'] if 'query' in batch else batch['context']['task']
-            examples = answers.shape[0] * answers.shape[1]
+            rows = jax.tree.leaves(batch.get('query', batch.get('target')))
+            examples = math.prod(rows[0].shape[:2])
             before, (state, metrics) = metrics, step_fn(state, frozen, batch)
             jax.block_until_ready(before)  # steps are dispatched one ahead: rates are real
             progress.update(step, examples)

@@ -35,8 +35,8 @@ class Trained:
     hypernetwork: Hypernetwork
     params: Any
 
-    def require(self, name: str) -> None:
-        """Refuses a hypernetwork of another kind.
+    def require(self, name: str) -> Trained:
+        """This, unless it is a hypernetwork of another kind.
 
         Raises:
           UserError: it is not a `name`.
@@ -44,6 +44,7 @@ class Trained:
         found = self.config.hypernetwork.name
         if found != name:
             raise UserError(f'the checkpoint is a {found}; a {name} is needed here')
+        return self
 
 
 def load(

@@ -215,7 +215,9 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     specializer = Specializer(trained.load(checkpoint))
     seen = set(specializer.trained.config.data.tasks)
     tables = {
-        name: _load_table(config[name], specializer.trained.base) if config[name] else None
+        name: trained.load(config[name], specializer.trained.base).require('lora_table')
+        if config[name]
+        else None
         for name in ('multitask', 'per_task')
     }
     tasks = _tasks(config)
@@ -314,9 +316,3 @@ def _averages(metrics: dict) -> dict[str, dict[str, float]]:
         for group, tasks in groups.items()
         if tasks
     }
-
-
-def _load_table(checkpoint: str, base: BaseModel) -> Trained:
-    table = trained.load(checkpoint, base)
-    table.require('lora_table')
-    return table

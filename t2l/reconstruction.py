@@ -33,8 +33,7 @@ def load_loras(checkpoint: str, base: BaseModel, fits: ConfigDict) -> Trained:
     Raises:
       UserError: not such a checkpoint, or LoRAs of other modules, rank or scaling.
     """
-    table = trained.load(checkpoint, base)
-    table.require('lora_table')
+    table = trained.load(checkpoint, base).require('lora_table')
     found = table.config.hypernetwork
     for name, theirs, ours in (
         ('modules', sorted(found.modules), sorted(fits.modules)),
@@ -119,8 +118,7 @@ def build(
     Raises:
       UserError: a checkpoint that is not a LoRA per task, or whose tasks cannot be read.
     """
-    table = trained.load(config.loras, base)
-    table.require('lora_table')
+    table = trained.load(config.loras, base).require('lora_table')
     tasks = collect(table.config.data).train
     config.tasks = tuple(task.name for task in tasks)
     if config.tasks != tuple(table.config.data.tasks):

@@ -340,6 +340,26 @@ def test_quickstart_compares_three_ways(checkpoint, base, capsys):
     assert f'{cache / 1e6:.1f}' in lines[3]
 
 
+def test_quickstart_describes_a_task(task_checkpoint, base, capsys):
+    """Each input beside the answer with the LoRA and the one with the description in the prompt."""
+    specialise = execute('quickstart', 'quickstart')['specialise']
+    capsys.readouterr()
+    task, inputs = 'Shout the word.', ['red', 'What is the capital of France?']
+    specialise(trained.load(str(task_checkpoint), base), task, inputs)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith(f'{task} -> LoRA of ') and len(lines) == 5
+    lora = Specializer(trained.load(str(task_checkpoint), base))([task])
+
+    def answers(before, lora=None):
+        prompts = [base.tokenizer.prompt(before + text) for text in inputs]
+        return generation.answer(base, prompts, 16, lora)
+
+    for line, *parts in zip(
+        lines[3:], inputs, answers('', lora), answers(f'{task}\n\n'), strict=True
+    ):
+        assert ''.join(line.split()) == ''.join(' '.join(parts).split())
+
+
 # ----------------------------------------------------------------------------------- mistakes
 
 
@@ -401,6 +421,8 @@ def test_outputs_in_the_way(command, checkpoint, document):
 def test_other_mistakes(command, document, tmp_path):
     for half in ({'document': document}, {'question': 'Who?'}):
         assert_mistake(command('quickstart', **half), '--document', '--question')
+    for half in ({'task': 'Shout.'}, {'input': 'red'}):
+        assert_mistake(command('quickstart', **half), '--task', '--input')
     assert_mistake(command('ask', adapter=tmp_path, question='Who?'), 'adapter_config.json')
     assert_mistake(
         command('export', workdir=tmp_path, output=tmp_path / 'out'), 'no complete checkpoint'
