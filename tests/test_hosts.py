@@ -8,16 +8,20 @@ Run as a program, this file is one of the processes that tests start:
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from conftest import CharTokenizer, tiny_base, tiny_training
 
-from hyperlora import meta_learning
+from hyperlora import data, hosts, meta_learning, sharding
+from hyperlora.errors import UserError
 from hyperlora.models import base as base_models
 from hyperlora.models import families, weights
 from hyperlora.models.base import BaseModel
