@@ -6,6 +6,7 @@ coordination service, which is there before any device is.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.metadata
 import itertools
@@ -38,6 +39,7 @@ _TOKEN = '.shared'
 _names = [socket.gethostname()]
 _timeout = 300
 _exchanges = itertools.count()
+_watch_ends = threading.Event()
 _ending = threading.Lock()
 
 
@@ -73,7 +75,10 @@ def initialize(
         ) from error
     finally:
         alarm.cancel()
-    threading.Thread(target=_watch, daemon=True).start()
+    watch = threading.Thread(target=_watch, daemon=True)
+    watch.start()
+    # At exit JAX waits for the others; a thread that is in a call of it would crash there.
+    atexit.register(lambda: (_watch_ends.set(), watch.join()))
     _names = exchange(_names[0])
 
 
@@ -190,14 +195,14 @@ def fail(message: str, code: int) -> None:
 
 def _watch() -> None:
     """Waits in a thread for another process to fail: the main thread may hang in a collective."""
-    client = distributed.global_state.client
-    while True:
+    while not _watch_ends.wait(1.0):
         try:
-            code, message = json.loads(client.blocking_key_value_get(_FAILURE, 600_000))
+            code, message = json.loads(distributed.global_state.client.key_value_try_get(_FAILURE))
             break
-        except jax.errors.JaxRuntimeError as error:
-            if 'DEADLINE_EXCEEDED' not in str(error):
-                return  # the program is at its end
+        except jax.errors.JaxRuntimeError:
+            pass  # none has failed
+    else:
+        return
     if _ending.acquire(blocking=False):
         print('error:', message, file=sys.stderr)
         _end(code)

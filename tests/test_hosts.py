@@ -2,7 +2,7 @@
 
 Run as a program, this file is one of the processes that tests start:
 
-    python tests/test_hosts.py --config=FILE --workdir=DIR --distributed ...
+    python tests/test_hosts.py --config=tests/test_hosts.py --workdir=DIR --distributed ...
 """
 
 import json
@@ -30,6 +30,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROWS = 4  # of a step, however many processes there are
 
 
+def get_config():
+    """Six steps of one shape, for each process compiles anew."""
+    config = tiny_training()
+    stage = {**config.data.stages[1], 'steps': 6, 'chunks': (1.0,)}
+    config.update(base='tiny', groups=ROWS)
+    config.data.stages = [stage]
+    return config
+
+
 @pytest.fixture(scope='module')
 def base_folder(tmp_path_factory):
     """The tiny base as a Hugging Face folder, of which each process reads its parts."""
@@ -43,8 +52,8 @@ def base_folder(tmp_path_factory):
 def alone(tmp_path_factory, base_folder):
     """The metrics of a training in one process, which all others are compared with."""
     workdir = tmp_path_factory.mktemp('alone')
-    config = tiny_training()
-    config.update(base=str(base_folder), groups=ROWS)
+    config = get_config()
+    config.base = str(base_folder)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meta_learning, 'load_base', load_tiny)
@@ -84,15 +93,17 @@ def start(count, base_folder, workdir, flags=(), only=None, wrapper=(), p1=()):
     with socket.socket() as free:
         free.bind(('localhost', 0))
         address = f'localhost:{free.getsockname()[1]}'
-    config = base_folder / 'training.py'
-    config.write_text('from conftest import tiny_training as get_config\n')
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    environment.pop('XLA_FLAGS', None)
+    environment = {
+        **os.environ,
+        'PYTHONPATH': str(ROOT),
+        # Most of the time goes into compiling.
+        'XLA_FLAGS': '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
+    }
 
     def one(i):
         return subprocess.Popen(
             [
-                *(*wrapper, sys.executable, __file__, f'--config={config}'),
+                *(*wrapper, sys.executable, __file__, f'--config={__file__}'),
                 *(f'--config.base={base_folder}', f'--config.groups={ROWS // count}'),
                 *(f'--workdir={workdir}', '--distributed', f'--coordinator_address={address}'),
                 *(f'--num_processes={count}', f'--process_id={i}', *flags, *(p1 if i == 1 else ())),
@@ -156,8 +167,7 @@ def test_one_of_four_is_told_to_stop_and_two_go_on(alone, base_folder, tmp_path,
 
 @pytest.mark.parametrize('groups, accumulate, shards', [(4, 1, 1), (4, 1, 4), (2, 2, 2), (1, 4, 1)])
 def test_hosts_build_disjoint_rows_of_the_same_step(groups, accumulate, shards):
-    config = tiny_training()
-    base = tiny_base()
+    config, base = get_config(), tiny_base()
 
     def build(*args):
         return data.build(config.data, base, base, 0, *args)
@@ -174,7 +184,7 @@ def test_hosts_build_disjoint_rows_of_the_same_step(groups, accumulate, shards):
 
 
 def test_one_process_holds_all_groups():
-    mesh = sharding.make_mesh(tiny_training().mesh)
+    mesh = sharding.make_mesh(get_config().mesh)
     groups = 3 * sharding.data_shards(mesh)
     assert sharding.own_groups(mesh, groups) == list(range(groups))
 
