@@ -186,8 +186,10 @@ def fail(message: str, code: int) -> None:
         os._exit(code)
     if not _ending.acquire(blocking=False):
         time.sleep(60)  # `_watch` is about to end the process
+    if name() not in message:
+        message = f'{name()}: {message}'
     try:
-        client.key_value_set(_FAILURE, json.dumps([code, f'{name()}: {message}']))
+        client.key_value_set(_FAILURE, json.dumps([code, message]))
     except jax.errors.JaxRuntimeError:
         pass  # another was first
     _end(code)

@@ -11,6 +11,8 @@ import time
 import tensorboardX
 from etils import epath
 
+from hyperlora.errors import UserError
+
 
 class MetricWriter:
     """Writes scalars to `workdir/metrics.jsonl` and to TensorBoard events in `workdir`.
@@ -44,13 +46,22 @@ class MetricWriter:
         Args:
           step: the training step.
           scalars: name to number (or scalar array).
+
+        Raises:
+          UserError: the disk is full.
         """
         scalars = {name: float(value) for name, value in scalars.items()}
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
         line = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._file.write(json.dumps({'step': step, **line}) + '\n')
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({'step': step, **line}) + '\n')
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f'{self._file.name}: cannot write ({error.strerror}): make room there, then start '
+                'again to continue from the last checkpoint'
+            ) from error
 
         if self._url and time.monotonic() - self._copied > 30:
             self.flush()

@@ -68,9 +68,9 @@ def writable_folder(path) -> str:
         raise UserError(f'{path}: neither a local directory nor a gs:// URL')
     from etils import epath
 
-    folder = epath.Path(path)
-    probe = folder / f'.probe-{uuid.uuid4().hex}'
     try:
+        folder = epath.Path(path)
+        probe = folder / f'.probe-{uuid.uuid4().hex}'
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text('')
         probe.unlink()

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import test_reconstruction
 from conftest import CharTokenizer, tiny_base, tiny_training
 
 from hyperlora import data, hosts, meta_learning, sharding
@@ -30,8 +32,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROWS = 4  # of a step, however many processes there are
 
 
-def get_config():
-    """Six steps of one shape, for each process compiles anew."""
+def get_config(table=''):
+    """Six steps of one shape, for each process compiles anew.
+
+    Args:
+      table: an export of a table of LoRAs, for reconstruction instead of needles.
+    """
+    if table:
+        config = test_reconstruction.settings(table)
+        config.optimizer.steps = config.data.steps = 6
+        config.groups = ROWS
+        return config
     config = tiny_training()
     stage = {**config.data.stages[1], 'steps': 6, 'chunks': (1.0,)}
     config.update(base='tiny', groups=ROWS)
@@ -51,8 +62,10 @@ def base_folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory, base_folder):
     """The metrics of a training in one process, which all others are compared with."""
-    workdir = tmp_path_factory.mktemp('alone')
-    config = get_config()
+    return train_alone(tmp_path_factory.mktemp('alone'), base_folder, get_config())
+
+
+def train_alone(workdir, base_folder, config):
     config.base = str(base_folder)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
@@ -82,13 +95,14 @@ def assert_same_curve(lines, wanted):
         assert ours['grad_norm'] == pytest.approx(theirs['grad_norm'], rel=1e-4), ours['step']
 
 
-def start(count, base_folder, workdir, flags=(), only=None, wrapper=(), p1=()):
+def start(count, base_folder, workdir, flags=(), only=None, wrapper=(), p1=(), table=''):
     """Starts processes of one device each.
 
     Args:
       only: which of them to start; None for all.
       wrapper: a command that runs them.
       p1: flags of process 1 alone.
+      table: see `get_config`.
     """
     with socket.socket() as free:
         free.bind(('localhost', 0))
@@ -103,7 +117,7 @@ def start(count, base_folder, workdir, flags=(), only=None, wrapper=(), p1=()):
     def one(i):
         return subprocess.Popen(
             [
-                *(*wrapper, sys.executable, __file__, f'--config={__file__}'),
+                *(*wrapper, sys.executable, __file__, f'--config={__file__}:{table}'),
                 *(f'--config.base={base_folder}', f'--config.groups={ROWS // count}'),
                 *(f'--workdir={workdir}', '--distributed', f'--coordinator_address={address}'),
                 *(f'--num_processes={count}', f'--process_id={i}', *flags, *(p1 if i == 1 else ())),
@@ -163,6 +177,32 @@ def test_one_of_four_is_told_to_stop_and_two_go_on(alone, base_folder, tmp_path,
     outputs = succeed(start(2, base_folder, workdir))
     assert f'resumed at step {last}' in outputs[0]
     assert_same_curve(metrics_of(workdir), alone)  # steps of four processes, then of two
+
+
+@pytest.mark.slow
+def test_reconstruction_in_two_processes(base_folder, tmp_path):
+    """Parameters that start from data, and an encoder that each process loads for itself."""
+    table = tmp_path / 'table'
+    test_reconstruction.write_table(table, tiny_base())
+    (tmp_path / 'alone').mkdir()
+    wanted = train_alone(tmp_path / 'alone', base_folder, get_config(str(table)))
+    succeed(start(2, base_folder, tmp_path / 'run', table=table))
+    assert_same_curve(metrics_of(tmp_path / 'run'), wanted)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_on_one_host(alone, base_folder, tmp_path, monkeypatch):
+    workdir = tmp_path / 'run'
+    monkeypatch.setenv('FILLS_UP', '1')
+    (code, output), (other_code, other) = finish(start(2, base_folder, workdir))
+    assert (code, other_code) == (2, 2), output + other
+    for text in (output, other):
+        assert re.search(
+            r'error: host 1 \(\S+\) cannot write a checkpoint .* of step 2 is intact', text
+        ), text
+    monkeypatch.delenv('FILLS_UP')
+    assert 'resumed at step 2' in succeed(start(2, base_folder, workdir))[0]
+    assert_same_curve(metrics_of(workdir), alone)
 
 
 @pytest.mark.parametrize('groups, accumulate, shards', [(4, 1, 1), (4, 1, 4), (2, 2, 2), (1, 4, 1)])
@@ -257,6 +297,9 @@ def main():
 
     def talkative_save(self, step, *args, **kwargs):
         print(f'saves step {step}', flush=True)
+        if step > 2 and os.environ.get('FILLS_UP') == str(jax.process_index()):
+            self.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         return save(self, step, *args, **kwargs)
 
     def load(*args):
