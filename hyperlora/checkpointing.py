@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 import flax.traverse_util
@@ -14,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_managers, multihost
 
 from hyperlora import hosts
 from hyperlora.errors import UserError
@@ -51,6 +52,7 @@ class Checkpointer:
                 preservation_policy=checkpoint_managers.LatestN(keep),
                 cleanup_tmp_directories=True,
                 single_host_load_and_broadcast=True,  # they agree about the latest step
+                async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
             ),
         )
 
@@ -175,6 +177,15 @@ def load_params(directory) -> tuple[dict, dict]:
         )
         meta = json.loads((folder / 'meta' / 'metadata').read_text())
     return restored['params'], {**meta, 'step': max(steps)}
+
+
+def _meet(*, key: str, timeout_ms: int) -> None:
+    """Waits for the other processes, but not if this one has failed to write.
+
+    Orbax meets even then before it shows the error, but the others are still waiting for the write.
+    """
+    if sys.exception() is None:
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _steps(directory: epath.Path) -> list[int]:
