@@ -216,7 +216,10 @@ def _reconstruction(loras: str) -> ConfigDict:
     config = _smollm2('')
     config.name = 'reconstruction'
     config.hypernetwork.loras = loras
-    config.hypernetwork.shape.update({'head_init': 'random', 'z_score': True})
+    # Wide heads: the factors of a module are linear in their input, and 53 LoRAs of 30 layers cut
+    # down to 384 dimensions keep 82 % of their score, to 768 dimensions 98 %.
+    config.hypernetwork.shape.update({'head_init': 'random', 'z_score': True, 'head_width': 1024})
+    config.groups = 8
     config.objective = ConfigDict({'name': 'reconstruction', 'delta': False})
     config.data = ConfigDict(
         {
@@ -227,7 +230,7 @@ def _reconstruction(loras: str) -> ConfigDict:
             'tasks': (),
         }
     )
-    _steps(config, 2000)
+    _steps(config, 3000)
     config.optimizer.learning_rate = 1e-3
     return config
 

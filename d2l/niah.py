@@ -12,7 +12,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import grain
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -192,26 +191,7 @@ class NeedleGroups:
 
 
 def build(
-    config: ConfigDict,
-    base: BaseModel,
-    encoder: BaseModel,
-    seed: int,
-    groups: int,
-    accumulate: int,
-) -> grain.MapDataset:
-    """Training steps: every leaf `[accumulate, groups * per group, ...]`."""
-    source = NeedleGroups(
-        base.tokenizer, encoder.tokenizer, config.stages, seed, groups * accumulate
-    )
-
-    def stack(items):
-        def leaf(*xs):
-            x = np.stack(xs)
-            return x.reshape(accumulate, groups * x.shape[1], *x.shape[2:])
-
-        return {
-            part: {key: leaf(*(item[part][key] for item in items)) for key in items[0][part]}
-            for part in items[0]
-        }
-
-    return grain.MapDataset.source(source).batch(groups * accumulate, batch_fn=stack)
+    config: ConfigDict, base: BaseModel, encoder: BaseModel, seed: int, groups_per_step: int
+) -> NeedleGroups:
+    """The groups of a training; see `hyperlora.data`."""
+    return NeedleGroups(base.tokenizer, encoder.tokenizer, config.stages, seed, groups_per_step)

@@ -5,33 +5,37 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 import flax.traverse_util
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_managers, multihost
 
+from hyperlora import hosts
 from hyperlora.errors import UserError
 
-# Settings that may differ when a run resumes: they do not change what it computes.
+# Settings that may differ when a run resumes: they do not change what it computes. Those of the
+# second line spread a step over devices and microbatches; `rows_per_step` of the record is what
+# they must not change.
 HARMLESS_SETTINGS = ('log_every', 'checkpoint_every', 'keep_checkpoints')
+_SPREAD = ('mesh', 'groups', 'accumulate')
 
 _PARAMS = 'params.safetensors'
 _CONFIG = 'config.json'
 
 
 class Checkpointer:
-    """Asynchronous checkpoints of the train state, the data iterator and a JSON record.
+    """Asynchronous checkpoints of the train state and a JSON record.
 
-    Call `save` after each step: it saves at each multiple of `every` and, in a run of several
-    processes (`jax.distributed.initialize`), at the step they agree on once one of them is told to
-    stop. A save that a crash cut short is ignored and cleared away.
+    All processes of a run save together, each its part of the arrays, into one directory. Where the
+    data stand follows from the step. Call `save` after each step: it saves at each multiple of
+    `every`. A save that a crash or a full disk cut short is ignored and cleared away.
 
     Args:
       directory: absolute path or gs:// URL of the checkpoints (gs:// needs the `gcs` extra).
@@ -41,49 +45,52 @@ class Checkpointer:
 
     def __init__(self, directory, every: int, keep: int):
         self._directory = epath.Path(directory)
-        policies = [checkpoint_managers.FixedIntervalPolicy(every)]
-        if jax.process_count() > 1:
-            policies.append(checkpoint_managers.PreemptionCheckpointingPolicy())
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                save_decision_policy=checkpoint_managers.AnySavePolicy(policies),
+                save_decision_policy=checkpoint_managers.FixedIntervalPolicy(every),
                 preservation_policy=checkpoint_managers.LatestN(keep),
                 cleanup_tmp_directories=True,
+                single_host_load_and_broadcast=True,  # they agree about the latest step
+                async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
             ),
         )
 
-    def save(self, step: int, state, data_iterator, meta: dict, force: bool = False) -> bool:
+    def save(self, step: int, state, meta: dict, force: bool = False) -> bool:
         """Starts saving if `step` is due, or `force`; a step already saved is left alone.
 
         Args:
           step: number of steps done.
           state: pytree of arrays.
-          data_iterator: grain iterator, positioned after the batch of this step.
           meta: JSON record, see `check_meta`.
           force: save although the step is not due (at the end of a run).
 
         Returns:
           Whether a save was started. It may be used at once: arrays are copied before this returns.
+
+        Raises:
+          UserError: this or the save before cannot be written.
         """
         if step in self._manager.all_steps():
             return False
-        return self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(data_iterator),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            force=force,
-        )
+        with self._writing():
+            return self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                ),
+                force=force,
+            )
 
     def latest_step(self) -> int | None:
         """The latest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether the processes agreed to stop at `step`; then `wait` and end the run."""
+        """Whether the processes agreed to stop at `step`, one of them having been sent SIGTERM.
+
+        They must ask at every step. One process alone never agrees.
+        """
         return self._manager.reached_preemption(step)
 
     def meta(self, step: int) -> dict:
@@ -92,14 +99,13 @@ class Checkpointer:
             args = ocp.args.Composite(meta=ocp.args.JsonRestore())
             return self._manager.restore(step, args=args)['meta']
 
-    def restore(self, step: int, abstract_state, data_iterator):
-        """Restores the state of `step` and moves `data_iterator` to where it was.
+    def restore(self, step: int, abstract_state):
+        """Restores the state of `step`.
 
         Args:
           step: a saved step. Call `check_meta(self.meta(step), ...)` first.
           abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings, which may differ from
             the saved ones: arrays are resharded.
-          data_iterator: grain iterator of the same pipeline, changed in place.
 
         Returns:
           The state, a pytree like `abstract_state`.
@@ -108,19 +114,36 @@ class Checkpointer:
           UserError: the checkpoint is damaged, foreign, or its tree or shapes differ.
         """
         with _explained(self._directory, step):
-            args = ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state),
-                data=grain.checkpoint.CheckpointRestore(data_iterator),
-            )
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
             return self._manager.restore(step, args=args)['state']
 
     def wait(self):
-        """Blocks until the save in progress is complete."""
-        self._manager.wait_until_finished()
+        """Blocks until the save in progress is complete; UserError if it cannot be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self):
-        """Completes the save in progress and releases the threads."""
-        self._manager.close()
+        """As `wait`, and releases the threads."""
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        # A full disk surfaces as an OSError or as what tensorstore makes of it, often in a later
+        # call, as the writing is asynchronous.
+        except Exception as error:
+            reason = ' '.join(str(error).split())[:300] or type(error).__name__
+            last = self._last_good()
+            raise UserError(
+                f'{hosts.name()} cannot write a checkpoint to {self._directory} ({reason}); '
+                f'{last} is intact. Make room there, then start again to continue from it'
+            ) from error
+
+    def _last_good(self) -> str:
+        steps = _steps(self._directory)
+        return f'the checkpoint of step {max(steps)}' if steps else 'no checkpoint before it'
 
 
 def load_params(directory) -> tuple[dict, dict]:
@@ -139,8 +162,7 @@ def load_params(directory) -> tuple[dict, dict]:
       UserError: there is no complete checkpoint yet, or it is damaged or foreign.
     """
     directory = epath.Path(directory)
-    found = directory.iterdir() if directory.is_dir() else ()
-    steps = [int(path.name) for path in found if path.name.isdigit()]
+    steps = _steps(directory)
     if not steps:
         raise UserError(f'{directory} holds no complete checkpoint yet; train longer')
     folder = directory / str(max(steps))
@@ -157,6 +179,21 @@ def load_params(directory) -> tuple[dict, dict]:
     return restored['params'], {**meta, 'step': max(steps)}
 
 
+def _meet(*, key: str, timeout_ms: int) -> None:
+    """Waits for the other processes, but not if this one has failed to write.
+
+    Orbax meets even then before it shows the error, but the others are still waiting for the write.
+    """
+    if sys.exception() is None:
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    """The complete checkpoints; those in the making have other names."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    return [int(path.name) for path in found if path.name.isdigit()]
+
+
 @contextlib.contextmanager
 def _explained(directory, step):
     try:
@@ -167,8 +204,8 @@ def _explained(directory, step):
         raise UserError(
             f'cannot restore step {step} of {directory}: if it is damaged, delete '
             f'{directory / str(step)} to fall back to the checkpoint before; if it was '
-            'written by another model or number of processes, resume with those or use another '
-            f'workdir (reason: {reason})'
+            'written by another model, resume with that or use another workdir '
+            f'(reason: {reason})'
         ) from error
 
 
@@ -178,12 +215,20 @@ def check_meta(saved: dict, current: dict):
     Args:
       saved: record from `Checkpointer.meta`.
       current: record of this run, with the fingerprints of base model and encoder (str) and
-        'config' (nested dict). Settings named in HARMLESS_SETTINGS may differ.
+        'config' (nested dict). Settings named in HARMLESS_SETTINGS may differ; so may the number
+        of devices and what spreads a step over them, if 'rows_per_step' (int) stays.
 
     Raises:
       UserError: another base model or encoder, or changed settings.
     """
     check_models(saved, current)
+    rows = current['rows_per_step']
+    if saved.get('rows_per_step', rows) != rows:
+        raise UserError(
+            f'a step of the checkpoint has {saved["rows_per_step"]} packed rows, one of this run '
+            f'{rows} (data shards of the mesh x groups x accumulate): choose --config.groups or '
+            '--config.accumulate so that they agree'
+        )
     old, new = _settings(saved['config']), _settings(current['config'])
     changes = [
         f'{key}: {old.get(key, "absent")} -> {new.get(key, "absent")}'
@@ -204,7 +249,7 @@ def check_models(saved: dict, current: dict):
     Raises:
       UserError: it is not.
     """
-    missing = current.keys() - saved.keys()
+    missing = {'config', 'base_fingerprint', 'encoder_fingerprint'} - saved.keys()
     if missing:
         raise UserError(
             f'the checkpoint has no {" and ".join(sorted(missing))}: it was not written by this '
@@ -283,4 +328,8 @@ def load_export(directory) -> tuple[dict, dict]:
 def _settings(config):
     """The settings that matter, flat, as JSON gives them back (tuples become lists)."""
     flat = flax.traverse_util.flatten_dict(json.loads(json.dumps(config)), sep='.')
-    return {k: v for k, v in flat.items() if k.split('.')[-1] not in HARMLESS_SETTINGS}
+    return {
+        key: value
+        for key, value in flat.items()
+        if key.split('.')[-1] not in HARMLESS_SETTINGS and key.split('.')[0] not in _SPREAD
+    }

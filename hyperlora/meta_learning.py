@@ -27,10 +27,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from hyperlora import data, hypernetwork, lora, objectives, sharding, trained
+from hyperlora import data, hosts, hypernetwork, lora, objectives, sharding, trained
 from hyperlora.checkpointing import Checkpointer, check_meta, check_models
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
@@ -230,7 +229,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     Raises:
       UserError: a bad config, a checkpoint of another base or config, or a loss that is not finite.
     """
-    # ---- mesh and base model
+    # ---- hosts, mesh and base model
+    hosts.check_agreement({'config': config.to_dict(), 'workdir': workdir})
+    hosts.check_shared(workdir)
     mesh = sharding.make_mesh(config.mesh)
     groups = sharding.data_shards(mesh) * config.groups
     base = load_base(config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization)
@@ -239,12 +240,13 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     frozen = {'base': base.params, 'encoder': encoder.params}
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         # ---- state: abstract first, then shardings, then created where it lives
-        key = jax.random.key(config.seed)
+        def boxed(encoder_params):
+            return learner.init(jax.random.key(config.seed), encoder_params)
 
         def init(encoder_params):
-            return nn.unbox(learner.init(key, encoder_params))
+            return nn.unbox(boxed(encoder_params))
 
-        places = sharding.shardings(jax.eval_shape(learner.init, key, encoder.params), mesh)
+        places = sharding.shardings(jax.eval_shape(boxed, encoder.params), mesh)
         abstract = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             jax.eval_shape(init, encoder.params),
@@ -252,17 +254,22 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         )
 
         # ---- data, checkpoint, metrics
-        batch_place = NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp')))
-        batches = iter(
-            data.build(
-                config.data, base, encoder, config.seed, groups, config.accumulate
-            ).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        dataset = data.build(
+            config.data,
+            base,
+            encoder,
+            config.seed,
+            groups,
+            config.accumulate,
+            sharding.own_groups(mesh, groups),
         )
         meta = {
             'base_fingerprint': base.fingerprint,
             'encoder_fingerprint': encoder.fingerprint,
+            'rows_per_step': groups * config.accumulate,
             'config': config.to_dict(),
         }
+        hosts.check_agreement(meta)  # what they loaded
         checkpointer = Checkpointer(
             f'{workdir}/checkpoints', config.checkpoint_every, config.keep_checkpoints
         )
@@ -275,18 +282,22 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 trained.check_fit(folder, abstract.params, params)
             else:
                 params = learner.hypernetwork.start(state.params)
-            state = state.replace(params=jax.device_put(params, places.params))
+            state = state.replace(params=sharding.put(params, places.params))
         else:
             check_meta(checkpointer.meta(start), meta)
-            state = checkpointer.restore(start, abstract, batches)
-            print(f'resumed at step {start} from {workdir}', flush=True)
+            state = checkpointer.restore(start, abstract)
+            _report(f'resumed at step {start} from {workdir}')
         start = start or 0
-        writer = MetricWriter(workdir, start)
+        batches = iter(
+            dataset[start:].to_iter_dataset(
+                grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+            )
+        )
+        writer = MetricWriter(workdir, start) if hosts.is_first() else None
         count = sum(x.size for x in jax.tree.leaves(state.params))
-        print(
-            f'{config.name}: {count / 1e6:.1f} M parameters train on {mesh.size} device(s), '
-            f'mesh {dict(mesh.shape)}',
-            flush=True,
+        _report(
+            f'{config.name}: {count / 1e6:.1f} M parameters train on {mesh.size} device(s) of '
+            f'{jax.process_count()} process(es), mesh {dict(mesh.shape)}'
         )
 
         # ---- steps
@@ -296,16 +307,17 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         )
         last_step = config.optimizer.steps
         progress = Progress(last_step, start)
-        stop = _StopOnSignal()
+        # Several processes leave SIGTERM to JAX, which tells it to all of them.
+        stop = _StopOnSignal() if jax.process_count() == 1 else None
         metrics = None
         for step in range(start + 1, last_step + 1):
-            batch = jax.device_put(next(batches), batch_place)
+            batch = sharding.global_batch(next(batches), mesh)
             rows = jax.tree.leaves(batch.get('query', batch.get('target')))
             examples = math.prod(rows[0].shape[:2])
             before, (state, metrics) = metrics, step_fn(state, frozen, batch)
             jax.block_until_ready(before)  # steps are dispatched one ahead: rates are real
             progress.update(step, examples)
-            stopping = stop.requested or checkpointer.reached_preemption(step)
+            stopping = stop.requested if stop else checkpointer.reached_preemption(step)
             saving = stopping or step == last_step or step % config.checkpoint_every == 0
             if saving or step % config.log_every == 0:
                 values = {key: float(value) for key, value in metrics.items()}
@@ -317,21 +329,31 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                         'clip_norm and start in a new workdir'
                     )
                 values['learning_rate'] = float(learning_rate(config.optimizer)(step - 1))
-                writer.write(step, {**values, **progress.rates()})
+                if writer:
+                    writer.write(step, {**values, **progress.rates()})
                 other = 'exact' if 'exact' in values else 'error'
-                print(
+                _report(
                     f'{progress.line(values["loss"])}  {other} {values[other]:.2g}  '
-                    f'shapes compiled {step_fn._cache_size()}',
-                    flush=True,
+                    f'shapes compiled {step_fn._cache_size()}'
                 )
             if saving:
-                checkpointer.save(step, state, batches, meta, force=True)
+                if writer:
+                    writer.flush()
+                checkpointer.save(step, state, meta, force=True)
             if stopping:
-                print(f'stop requested: saved step {step} in {workdir}', flush=True)
+                checkpointer.wait()
+                _report(f'stop requested: saved step {step} in {workdir}')
                 break
         checkpointer.close()
-        writer.close()
+        if writer:
+            writer.close()
         return state
+
+
+def _report(text: str) -> None:
+    """Prints a line, on the first host."""
+    if hosts.is_first():
+        print(text, flush=True)
 
 
 class _StopOnSignal:

@@ -5,9 +5,13 @@ import json
 import math
 import os
 import pathlib
+import tempfile
 import time
 
 import tensorboardX
+from etils import epath
+
+from hyperlora.errors import UserError
 
 
 class MetricWriter:
@@ -16,13 +20,21 @@ class MetricWriter:
     In a multi-process run, create it on process 0 only.
 
     Args:
-      workdir: an existing local directory.
+      workdir: an existing local directory, or a gs:// URL. Objects there cannot grow: files are
+        written locally, and copied at `flush` and every half minute.
       resume_step: the step the run resumes from. What an earlier, killed run wrote for later steps
         is dropped, so that each step appears once.
     """
 
     def __init__(self, workdir, resume_step: int = 0):
+        self._url = epath.Path(workdir) if '://' in str(workdir) else None
+        self._copied = time.monotonic()
+        if self._url:
+            self._local = tempfile.TemporaryDirectory()
+            workdir = self._local.name
         path = pathlib.Path(workdir) / 'metrics.jsonl'
+        if self._url and (self._url / path.name).exists():
+            path.write_text((self._url / path.name).read_text())
         if path.exists():
             _drop_later_steps(path, resume_step)
         self._file = path.open('a', encoding='utf-8')
@@ -34,18 +46,42 @@ class MetricWriter:
         Args:
           step: the training step.
           scalars: name to number (or scalar array).
+
+        Raises:
+          UserError: the disk is full.
         """
         scalars = {name: float(value) for name, value in scalars.items()}
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
         line = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._file.write(json.dumps({'step': step, **line}) + '\n')
+        try:
+            self._file.write(json.dumps({'step': step, **line}) + '\n')
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f'{self._file.name}: cannot write ({error.strerror}): make room there, then start '
+                'again to continue from the last checkpoint'
+            ) from error
+
+        if self._url and time.monotonic() - self._copied > 30:
+            self.flush()
+
+    def flush(self):
+        """Makes sure that all that was written is in the workdir."""
         self._file.flush()
+        self._board.flush()
+        if self._url:
+            for path in pathlib.Path(self._local.name).iterdir():
+                (self._url / path.name).write_bytes(path.read_bytes())
+            self._copied = time.monotonic()
 
     def close(self):
         """Flushes and closes both files."""
+        self.flush()
         self._file.close()
         self._board.close()
+        if self._url:
+            self._local.cleanup()
 
 
 class Progress:

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hyperlora.errors import UserError
@@ -71,3 +72,37 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 def data_shards(mesh: jax.sharding.Mesh) -> int:
     """Over how many shards a batch is spread."""
     return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def own_groups(mesh: jax.sharding.Mesh, groups: int) -> list[int]:
+    """Which of the groups of a microbatch live on devices of this process."""
+    place = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+    found = place.addressable_devices_indices_map((groups,)).values()
+    return sorted({group for (rows,) in found for group in range(groups)[rows]})
+
+
+def global_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+    """What all processes together hold of a batch.
+
+    Args:
+      batch: numpy arrays `[a, ...]`: a microbatches of the rows of this process's `own_groups`.
+    """
+    place = NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp')))
+    return jax.make_array_from_process_local_data(place, batch)
+
+
+def put(tree: Any, places: Any) -> Any:
+    """Places arrays on a mesh that may span processes.
+
+    Args:
+      tree: arrays of the mesh, or arrays of this host, which all hosts must hold alike. (Unlike
+        `jax.device_put` this does not send them around to see whether they are.)
+    """
+
+    def one(x, place):
+        if isinstance(x, jax.Array) and (place.is_fully_addressable or not x.is_fully_addressable):
+            return jax.device_put(x, place)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, place, lambda at: x[at])
+
+    return jax.tree.map(one, tree, places)

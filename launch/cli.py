@@ -4,6 +4,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import uuid
 
 from absl import app, flags, logging
 
@@ -53,6 +54,34 @@ def writable_directory(path) -> pathlib.Path:
     except OSError as error:
         raise UserError(f'{path}: not a writable directory ({error.strerror})') from error
     return directory
+
+
+def writable_folder(path) -> str:
+    """Creates the local directory or gs:// URL `path` and returns its absolute name.
+
+    Raises:
+      UserError: it is another URL, or cannot be created or written to.
+    """
+    if '://' not in str(path):
+        return str(writable_directory(path).resolve())
+    if not path.startswith('gs://'):
+        raise UserError(f'{path}: neither a local directory nor a gs:// URL')
+    from etils import epath
+
+    try:
+        folder = epath.Path(path)
+        probe = folder / f'.probe-{uuid.uuid4().hex}'
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text('')
+        probe.unlink()
+    except ImportError as error:
+        raise UserError(f"{path}: needs gcsfs: pip install 'hyperlora[gcs]'") from error
+    except Exception as error:  # gcsfs passes on those of its HTTP and credentials libraries
+        raise UserError(
+            f'{path}: cannot write there ({error or type(error).__name__}); check that the bucket '
+            'exists and that this machine may write to it'
+        ) from error
+    return str(folder)
 
 
 def read_text(path) -> str:

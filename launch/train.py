@@ -2,25 +2,27 @@
 
     python -m launch.train --config=configs/NAME.py:VARIANT --workdir=DIR [--config.KEY=VALUE ...]
 
-The same command continues a run that was interrupted. The workdir receives checkpoints/,
-metrics.jsonl and TensorBoard events.
+The same command continues a run that was interrupted. The workdir, a folder or a gs:// URL,
+receives checkpoints/, metrics.jsonl and TensorBoard events. With --distributed this is one of
+several processes, one per host, and the workdir one that they share; see launch/distributed.py.
 """
 
 from absl import flags
 from ml_collections import config_flags
 
-from launch import cli
+from launch import cli, distributed
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Experiment.', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of checkpoints and metrics.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder or gs:// URL of checkpoints and metrics.')
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def main(_):
-    workdir = cli.writable_directory(_WORKDIR.value).resolve()
-    from hyperlora import meta_learning
+    with distributed.together():
+        workdir = cli.writable_folder(_WORKDIR.value)
+        from hyperlora import meta_learning
 
-    meta_learning.train(_CONFIG.value, str(workdir))
+        meta_learning.train(_CONFIG.value, workdir)
 
 
 if __name__ == '__main__':

@@ -9,10 +9,7 @@ examples and a description of each. Everything follows from (seed, index).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-import grain
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -144,10 +141,9 @@ def build(
     base: BaseModel,
     encoder: Embedder | BaseModel,
     seed: int,
-    groups: int,
-    accumulate: int,
-) -> grain.MapDataset:
-    """Training steps: every leaf `[accumulate, groups, ...]`. The names of the tasks are noted in
+    groups_per_step: int,
+) -> TaskGroups:
+    """The groups of a training; see `hyperlora.data`. The names of the tasks are noted in
     `config.tasks`, so that the checkpoint knows them.
 
     Raises:
@@ -159,8 +155,7 @@ def build(
         embeddings = embed(encoder, tasks)
     else:  # the hypernetwork knows tasks by their numbers
         embeddings = [np.zeros((1, 1), np.float32)] * len(tasks)
-    source = TaskGroups(tasks, embeddings, base.tokenizer, config, seed, groups * accumulate)
-    return stack_steps(source, groups, accumulate)
+    return TaskGroups(tasks, embeddings, base.tokenizer, config, seed, groups_per_step)
 
 
 def embed(encoder: Embedder, tasks: Sequence[Task]) -> list[np.ndarray]:
@@ -168,16 +163,3 @@ def embed(encoder: Embedder, tasks: Sequence[Task]) -> list[np.ndarray]:
     texts = [text for task in tasks for text in task.descriptions]
     ends = np.cumsum([len(task.descriptions) for task in tasks])[:-1]
     return np.split(encoder(texts), ends)
-
-
-def stack_steps(source: Any, groups: int, accumulate: int) -> grain.MapDataset:
-    """Items of one row each -> steps, every leaf `[accumulate, groups, ...]`."""
-
-    def stack(items):
-        def leaf(*rows):
-            x = np.concatenate(rows)
-            return x.reshape(accumulate, groups, *x.shape[1:])
-
-        return jax.tree.map(leaf, *items)
-
-    return grain.MapDataset.source(source).batch(groups * accumulate, batch_fn=stack)

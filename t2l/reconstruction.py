@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import grain
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -21,7 +20,7 @@ from hyperlora.models.base import BaseModel
 from hyperlora.models.embedders import Embedder
 from hyperlora.trained import Trained
 from t2l.collections import collect
-from t2l.data import embed, stack_steps
+from t2l.data import embed
 
 
 def load_loras(checkpoint: str, base: BaseModel, fits: ConfigDict) -> Trained:
@@ -105,15 +104,10 @@ class Targets:
 
 
 def build(
-    config: ConfigDict,
-    base: BaseModel,
-    encoder: Embedder,
-    seed: int,
-    groups: int,
-    accumulate: int,
-) -> grain.MapDataset:
-    """Training steps: every leaf `[accumulate, groups, ...]`. The tasks and their descriptions are
-    those that the LoRAs were trained on; their names are noted in `config.tasks`.
+    config: ConfigDict, base: BaseModel, encoder: Embedder, seed: int, groups_per_step: int
+) -> Targets:
+    """The pairs of a training; see `hyperlora.data`. The tasks and their descriptions are those
+    that the LoRAs were trained on; their names are noted in `config.tasks`.
 
     Raises:
       UserError: a checkpoint that is not a LoRA per task, or whose tasks cannot be read.
@@ -128,8 +122,10 @@ def build(
             f'{config.loras} holds {table.config.hypernetwork.shape.entries} LoRAs of '
             f'{len(tasks)} tasks: reconstruction needs one of each'
         )
-    per_step = groups * accumulate
-    source = Targets(
-        table.params, embed(encoder, tasks), config.z_score, seed, config.steps * per_step
+    return Targets(
+        table.params,
+        embed(encoder, tasks),
+        config.z_score,
+        seed,
+        config.steps * groups_per_step,
     )
-    return stack_steps(source, groups, accumulate)

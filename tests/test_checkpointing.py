@@ -1,12 +1,14 @@
 """Checkpoints: exact resume, kills, damage, foreign and changed runs; exports."""
 
+import contextlib
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ from hyperlora.errors import UserError
 META = {
     'base_fingerprint': 'aaa',
     'encoder_fingerprint': 'aaa',
+    'rows_per_step': 4,
     'config': {'rank': 8, 'model': {'shape': (1, 2)}, 'log_every': 1},
 }
 
@@ -36,35 +39,27 @@ def _abstract(state):
     )
 
 
-def _iterator():
-    return iter(grain.MapDataset.range(100).seed(3).shuffle().to_iter_dataset())
-
-
 @pytest.fixture
 def saved(tmp_path):
-    """A directory with checkpoints of steps 2 and 4, and the value that follows step 4."""
+    """A directory with checkpoints of steps 2 and 4."""
     checkpointer = checkpointing.Checkpointer(tmp_path / 'run', every=2, keep=2)
-    iterator = _iterator()
     for step in range(1, 5):
-        next(iterator)
-        checkpointer.save(step, _state(), iterator, META)
+        checkpointer.save(step, _state(), META)
     checkpointer.close()
-    return tmp_path / 'run', next(iterator)
+    return tmp_path / 'run'
 
 
 def _open(directory):
     return checkpointing.Checkpointer(directory, every=2, keep=2)
 
 
-def test_resume_gives_back_state_and_data_order(saved):
-    directory, following = saved
-    checkpointer, iterator = _open(directory), _iterator()
+def test_resume_gives_back_the_state(saved):
+    checkpointer = _open(saved)
     assert checkpointer.latest_step() == 4
     checkpointing.check_meta(checkpointer.meta(4), META)
-    state = checkpointer.restore(4, _abstract(_state()), iterator)
+    state = checkpointer.restore(4, _abstract(_state()))
     jax.tree.map(np.testing.assert_array_equal, state, _state())
     assert jax.tree.structure(state) == jax.tree.structure(_state())
-    assert next(iterator) == following
     checkpointer.close()
 
 
@@ -74,20 +69,20 @@ def test_restore_uses_the_shardings_asked_for(saved):
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), _state()
     )
-    checkpointer = _open(saved[0])
-    state = checkpointer.restore(4, abstract, _iterator())
+    checkpointer = _open(saved)
+    state = checkpointer.restore(4, abstract)
     assert state['params']['w'].sharding == sharding
     checkpointer.close()
 
 
 def test_interval_force_and_keep(tmp_path):
-    checkpointer, iterator = _open(tmp_path / 'run'), _iterator()
+    checkpointer = _open(tmp_path / 'run')
     assert checkpointer.latest_step() is None
-    due = [checkpointer.save(step, _state(), iterator, META) for step in range(1, 7)]
+    due = [checkpointer.save(step, _state(), META) for step in range(1, 7)]
     assert due == [False, True] * 3
-    assert checkpointer.save(7, _state(), iterator, META, force=True)
+    assert checkpointer.save(7, _state(), META, force=True)
     checkpointer.wait()
-    assert not checkpointer.save(7, _state(), iterator, META, force=True)
+    assert not checkpointer.save(7, _state(), META, force=True)
     assert not checkpointer.reached_preemption(7)
     checkpointer.close()
     assert {path.name for path in (tmp_path / 'run').iterdir()} == {'6', '7'}
@@ -95,19 +90,16 @@ def test_interval_force_and_keep(tmp_path):
 
 _KILLED = """
 import os, signal, sys
-import grain, jax.numpy as jnp
+import jax.numpy as jnp
 from hyperlora import checkpointing
 
-class Deadly(grain.DatasetIterator):
-    def __next__(self): raise StopIteration
-    def set_state(self, state): pass
-    def get_state(self): os.kill(os.getpid(), signal.SIGKILL)
+class Deadly(dict):
+    def items(self): os.kill(os.getpid(), signal.SIGKILL)
 
-iterator = iter(grain.MapDataset.range(9).to_iter_dataset())
 checkpointer = checkpointing.Checkpointer(sys.argv[1], every=1, keep=2)
-checkpointer.save(1, {'w': jnp.ones(4)}, iterator, {})
+checkpointer.save(1, {'w': jnp.ones(4)}, {})
 checkpointer.wait()
-checkpointer.save(2, {'w': jnp.ones(4)}, Deadly(), {})
+checkpointer.save(2, {'w': jnp.ones(4)}, Deadly(a=1))
 checkpointer.wait()
 """
 
@@ -124,9 +116,8 @@ def test_a_save_cut_short_by_kill_9_is_ignored(tmp_path):
     assert len(list(directory.iterdir())) == 2  # The kill did come in the middle of the save.
     checkpointer, state = _open(directory), {'w': jnp.ones(4)}
     assert checkpointer.latest_step() == 1
-    iterator = iter(grain.MapDataset.range(9).to_iter_dataset())
-    checkpointer.restore(1, _abstract(state), iterator)
-    assert checkpointer.save(2, state, iterator, META)
+    checkpointer.restore(1, _abstract(state))
+    assert checkpointer.save(2, state, META)
     checkpointer.close()
     assert {path.name for path in directory.iterdir()} == {'1', '2'}
 
@@ -136,31 +127,65 @@ def _truncate_arrays(step):
     path.write_bytes(path.read_bytes()[:100])
 
 
-def _truncate_iterator(step):
-    (step / 'data' / 'process_0-of-1.json').write_text('{')
-
-
 def _remove_arrays(step):
     shutil.rmtree(step / 'state')
 
 
-@pytest.mark.parametrize('damage', [_truncate_arrays, _truncate_iterator, _remove_arrays])
+@pytest.mark.parametrize('damage', [_truncate_arrays, _remove_arrays])
 def test_damage_is_named_and_the_step_before_remains(saved, damage):
-    directory, _ = saved
+    directory = saved
     damage(directory / '4')
     checkpointer = _open(directory)
     with pytest.raises(UserError, match=f'step 4 of {directory}.*delete {directory}/4'):
-        checkpointer.restore(4, _abstract(_state()), _iterator())
+        checkpointer.restore(4, _abstract(_state()))
     checkpointer.close()
     shutil.rmtree(directory / '4')
     checkpointer = _open(directory)
     assert checkpointer.latest_step() == 2
-    checkpointer.restore(2, _abstract(_state()), _iterator())
+    checkpointer.restore(2, _abstract(_state()))
     checkpointer.close()
 
 
+@contextlib.contextmanager
+def _full_disk():
+    """No file may grow past 100 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_remains(saved):
+    checkpointer = _open(saved)
+    with _full_disk(), pytest.raises(UserError) as error:
+        checkpointer.save(6, _state(), META)
+        checkpointer.wait()
+    message = str(error.value)
+    assert re.search(f'host 0 .* cannot write a checkpoint to {saved} .*step 4 is intact', message)
+    checkpointer = _open(saved)
+    assert checkpointer.latest_step() == 4
+    jax.tree.map(
+        np.testing.assert_array_equal, checkpointer.restore(4, _abstract(_state())), _state()
+    )
+    assert checkpointer.save(6, _state(), META)
+    checkpointer.close()
+    assert {path.name for path in saved.iterdir()} == {'4', '6'}
+
+
+def test_a_step_keeps_its_rows_however_they_are_spread():
+    spread = {'groups': 2, 'accumulate': 1, 'mesh': {'data': 1, 'fsdp': -1}}
+    other = {'groups': 1, 'accumulate': 4, 'mesh': {'data': 1, 'fsdp': 1}}
+    saved = {**META, 'config': {**META['config'], **spread}}
+    current = {**META, 'config': {**META['config'], **other}}
+    checkpointing.check_meta(saved, current)
+    with pytest.raises(UserError, match='4 packed rows, one of this run 8.*accumulate'):
+        checkpointing.check_meta(saved, {**current, 'rows_per_step': 8})
+
+
 def test_damaged_and_foreign_records(saved):
-    directory, _ = saved
+    directory = saved
     (directory / '4' / 'meta' / 'metadata').write_text('{')
     checkpointer = _open(directory)
     with pytest.raises(UserError, match='step 4'):
@@ -190,9 +215,9 @@ def test_another_model_is_refused(saved, change):
         state['extra'] = jnp.ones(3)
     else:
         state['params']['w'] = jnp.ones((32, 64))
-    checkpointer = _open(saved[0])
+    checkpointer = _open(saved)
     with pytest.raises(UserError, match='another model'):
-        checkpointer.restore(4, _abstract(state), _iterator())
+        checkpointer.restore(4, _abstract(state))
     checkpointer.close()
 
 

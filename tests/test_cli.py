@@ -1,11 +1,13 @@
 """Exit codes and one-line messages of the commands, and the file checks."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 
 import pytest
+from etils import epath
 
 from hyperlora.errors import UserError
 from launch import cli
@@ -126,6 +128,26 @@ def test_writable_directory(tmp_path):
     for bad in (tmp_path / 'file', tmp_path / 'file' / 'below', '/proc/nowhere', 'gs://bucket/run'):
         with pytest.raises(UserError, match=str(bad)):
             cli.writable_directory(bad)
+
+
+def test_writable_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.writable_folder('a/b') == str(tmp_path / 'a/b') and (tmp_path / 'a/b').is_dir()
+    with pytest.raises(UserError, match='https://bucket/run: neither'):
+        cli.writable_folder('https://bucket/run')
+
+    bucket, path = tmp_path / 'bucket', pathlib.Path
+    with monkeypatch.context() as patch:  # a folder takes the place of the bucket
+        patch.setattr(epath, 'Path', lambda url: path(str(url).replace('gs://bucket', str(bucket))))
+        assert cli.writable_folder('gs://bucket/run') == str(bucket / 'run')
+    assert (bucket / 'run').is_dir() and not list((bucket / 'run').iterdir())
+
+    def without_gcsfs(url):
+        raise ImportError
+
+    monkeypatch.setattr(epath, 'Path', without_gcsfs)
+    with pytest.raises(UserError, match=r'gs://bucket/run: .*hyperlora\[gcs\]'):
+        cli.writable_folder('gs://bucket/run')
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')

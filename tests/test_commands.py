@@ -8,7 +8,6 @@ import shutil
 import sys
 
 import flax.linen as nn
-import grain
 import jax
 import numpy as np
 import pytest
@@ -307,7 +306,6 @@ def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
 def test_export_of_a_training(command, untrained, base, tmp_path):
     config, params = untrained
     saver = checkpointing.Checkpointer(tmp_path / 'run' / 'checkpoints', 1, 2)
-    data = iter(grain.MapDataset.range(9).to_iter_dataset())
     meta = {
         'config': config.to_dict(),
         'base_fingerprint': base.fingerprint,
@@ -315,7 +313,7 @@ def test_export_of_a_training(command, untrained, base, tmp_path):
     }
     for step in (2, 10):
         state = meta_learning.TrainState(step, jax.tree.map(lambda x, s=step: x * s, params), {})
-        saver.save(step, state, data, meta)
+        saver.save(step, state, meta)
     saver.close()
     code, out, err = command('export', workdir=tmp_path / 'run', output=tmp_path / 'shipped')
     assert (code, err) == (0, '') and 'step 10' in out

@@ -1,9 +1,14 @@
 """metrics.jsonl across kills and resumes, TensorBoard events, progress."""
 
 import json
+import pathlib
+import resource
 import time
 
+import pytest
+
 from hyperlora import metrics
+from hyperlora.errors import UserError
 
 
 def _lines(workdir):
@@ -40,6 +45,40 @@ def test_resume_drops_later_steps_and_a_line_cut_short(tmp_path):
     ]
     metrics.MetricWriter(tmp_path).close()
     assert _lines(tmp_path) == []
+
+
+def test_a_url_receives_copies_and_gives_them_back(tmp_path, monkeypatch):
+    """A bucket, of which a folder takes the place: files are replaced, never appended to."""
+    bucket = tmp_path / 'bucket'
+    bucket.mkdir()
+    monkeypatch.setattr(
+        metrics.epath,
+        'Path',
+        lambda url: pathlib.Path(str(url).replace('gs://bucket', str(bucket))),
+    )
+    writer = metrics.MetricWriter('gs://bucket')
+    writer.write(1, {'loss': 2.0})
+    assert not list(bucket.iterdir())
+    writer.flush()
+    assert _lines(bucket) == [{'step': 1, 'loss': 2.0}]
+    writer.write(2, {'loss': 3.0})
+    writer.close()
+    writer = metrics.MetricWriter('gs://bucket', resume_step=1)
+    writer.write(2, {'loss': 1.0})
+    writer.close()
+    assert _lines(bucket) == [{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0}]
+    assert list(bucket.glob('events.out.tfevents.*'))
+
+
+def test_a_full_disk_is_named(tmp_path):
+    writer = metrics.MetricWriter(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(UserError, match='metrics.jsonl: cannot write .* make room'):
+            writer.write(1, {'loss': 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_not_a_number_stays_valid_json(tmp_path):
