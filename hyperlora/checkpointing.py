@@ -20,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 from hyperlora.errors import UserError
 
 # Settings that may differ when a run resumes: they do not change what it computes.
-HARMLESS_SETTINGS = ('log_every', 'checkpoint_every', 'keep_checkpoints')
+HARMLESS_SETTINGS = ('checkpoint_every', 'keep_checkpoints', 'log_every', 'remat', 'topology')
 
 _PARAMS = 'params.safetensors'
 _CONFIG = 'config.json'

@@ -19,6 +19,7 @@ import functools
 import math
 import re
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -219,6 +220,61 @@ def make_learner(
     )
 
 
+# -------------------------------------------------------------------- the step on its devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A training on a mesh, as `train` runs it and `launch.aot` compiles it.
+
+    Attributes:
+      learner: what is computed.
+      frozen: parameters of the `base` model and of the context `encoder`, on the mesh.
+      state: the abstract TrainState, each leaf with its place.
+      batch_place: where batches live.
+      init: encoder parameters -> a fresh TrainState.
+      step: jitted `Learner.step`; the state is donated and keeps its places, so that a shape of
+        batch is compiled once.
+    """
+
+    learner: Learner
+    frozen: Any
+    state: TrainState
+    batch_place: NamedSharding
+    init: Callable[[Any], TrainState]
+    step: Callable[[TrainState, Any, Batch], tuple[TrainState, dict]]
+
+
+def make_plan(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh) -> Plan:
+    """Plans the training of a config; the base model may be abstract.
+
+    Raises:
+      UserError: a bad config, or parameters that the mesh cannot divide or leaves undivided.
+    """
+    learner = make_learner(config, base, sharding.data_shards(mesh) * config.groups, mesh)
+    encoder_params = learner.hypernetwork.encoder.params
+    key = jax.random.key(config.seed)
+
+    def init(encoder_params):
+        return nn.unbox(learner.init(key, encoder_params))
+
+    places = sharding.shardings(jax.eval_shape(learner.init, key, encoder_params), mesh)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(init, encoder_params),
+        places,
+    )
+    sharding.check_divided([base.params, state])
+    return Plan(
+        learner,
+        {'base': base.params, 'encoder': encoder_params},
+        state,
+        NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp'))),
+        jax.jit(init, out_shardings=places),
+        jax.jit(learner.step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh))),
+    )
+
+
 # ---------------------------------------------------------------------------------- the loop
 
 
@@ -230,32 +286,17 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     Raises:
       UserError: a bad config, a checkpoint of another base or config, or a loss that is not finite.
     """
-    # ---- mesh and base model
     mesh = sharding.make_mesh(config.mesh)
-    groups = sharding.data_shards(mesh) * config.groups
-    base = load_base(config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization)
-    learner = make_learner(config, base, groups, mesh)
-    encoder = learner.hypernetwork.encoder
-    frozen = {'base': base.params, 'encoder': encoder.params}
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        # ---- state: abstract first, then shardings, then created where it lives
-        key = jax.random.key(config.seed)
-
-        def init(encoder_params):
-            return nn.unbox(learner.init(key, encoder_params))
-
-        places = sharding.shardings(jax.eval_shape(learner.init, key, encoder.params), mesh)
-        abstract = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            jax.eval_shape(init, encoder.params),
-            places,
-        )
-
+    rules = sharding.rules(config.get('rules'))
+    with rules:
+        base = load_base(config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization)
+        plan = make_plan(config, base, mesh)
+    learner, encoder = plan.learner, plan.learner.hypernetwork.encoder
+    with jax.set_mesh(mesh), rules:
         # ---- data, checkpoint, metrics
-        batch_place = NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp')))
         batches = iter(
             data.build(
-                config.data, base, encoder, config.seed, groups, config.accumulate
+                config.data, base, encoder, config.seed, learner.groups, config.accumulate
             ).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
         )
         meta = {
@@ -268,16 +309,17 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         )
         start = checkpointer.latest_step()
         if start is None:
-            state = jax.jit(init, out_shardings=places)(encoder.params)
+            state = plan.init(encoder.params)
             params = learner.hypernetwork.start(state.params)
             if config.init_from:
                 folder, params, record = trained.read(config.init_from)
                 check_models(record, meta)
-                trained.check_fit(folder, abstract.params, params)
-            state = state.replace(params=jax.device_put(params, places.params))
+                trained.check_fit(folder, plan.state.params, params)
+            places = jax.tree.map(lambda x: x.sharding, plan.state.params)
+            state = state.replace(params=jax.device_put(params, places))
         else:
             check_meta(checkpointer.meta(start), meta)
-            state = checkpointer.restore(start, abstract, batches)
+            state = checkpointer.restore(start, plan.state, batches)
             print(f'resumed at step {start} from {workdir}', flush=True)
         start = start or 0
         writer = MetricWriter(workdir, start)
@@ -289,19 +331,15 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         )
 
         # ---- steps
-        # The state keeps its places from step to step: a shape of batch is compiled once.
-        step_fn = jax.jit(
-            learner.step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh))
-        )
         last_step = config.optimizer.steps
         progress = Progress(last_step, start)
         stop = _StopOnSignal()
         metrics = None
         for step in range(start + 1, last_step + 1):
-            batch = jax.device_put(next(batches), batch_place)
+            batch = jax.device_put(next(batches), plan.batch_place)
             answers = batch['query']['tokens'] if 'query' in batch else batch['context']['task']
             examples = answers.shape[0] * answers.shape[1]
-            before, (state, metrics) = metrics, step_fn(state, frozen, batch)
+            before, (state, metrics) = metrics, plan.step(state, plan.frozen, batch)
             jax.block_until_ready(before)  # steps are dispatched one ahead: rates are real
             progress.update(step, examples)
             stopping = stop.requested or checkpointer.reached_preemption(step)
@@ -320,7 +358,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 other = 'exact' if 'exact' in values else 'error'
                 print(
                     f'{progress.line(values["loss"])}  {other} {values[other]:.2g}  '
-                    f'shapes compiled {step_fn._cache_size()}',
+                    f'shapes compiled {plan.step._cache_size()}',
                     flush=True,
                 )
             if saving:

@@ -1,0 +1,239 @@
+"""What a program costs: operations counted in its jaxpr, bytes in its compiled HLO.
+
+XLA's own analysis counts the body of a loop once, whatever its length; here loops count in full.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def matmul_flops(function: Callable[..., Any], *args: Any, trips: int = 1) -> float:
+    """Floating-point operations of all matrix products of a function, loops counted in full.
+
+    Args:
+      function, args: what is called; the arguments may be abstract.
+      trips: how often the body of a loop of unknown length runs.
+    """
+
+    def inner(value):
+        if isinstance(value, ClosedJaxpr):
+            return [value.jaxpr]
+        if isinstance(value, Jaxpr):
+            return [value]
+        return [j for v in value for j in inner(v)] if isinstance(value, tuple | list) else []
+
+    def count(jaxpr):
+        total = 0
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            if name == 'dot_general':
+                (contracted, _), _ = equation.params['dimension_numbers']
+                left = equation.invars[0].aval.shape
+                outputs = math.prod(equation.outvars[0].aval.shape)
+                total += 2 * outputs * math.prod(left[i] for i in contracted)
+            times = equation.params['length'] if name == 'scan' else 1
+            times = trips if name == 'while' else times
+            total += times * sum(count(j) for v in equation.params.values() for j in inner(v))
+        return total
+
+    return count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+# ------------------------------------------------------------------------------ compiled HLO
+
+COLLECTIVES = ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute', 'reduce-scatter')
+_BITS = {'pred': 8, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 'bf16': 16, 'f16': 16, 's16': 16}
+_BITS |= {'u16': 16, 's64': 64, 'u64': 64, 'f64': 64}
+# What moves nothing, or is counted where it is used or runs.
+_FREE = frozenset(
+    """
+    after-all bitcast call conditional constant get-tuple-element iota opt-barrier parameter
+    partition-id replica-id tuple while
+    """.split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str  # its attributes
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one device moves in a run of a program.
+
+    Attributes:
+      hbm_bytes: that instructions read from and write to memory.
+      collectives: kind -> (how many run, bytes that each device sends).
+    """
+
+    hbm_bytes: float
+    collectives: dict[str, tuple[int, float]]
+
+    @property
+    def sent_bytes(self) -> float:
+        return sum(sent for _, sent in self.collectives.values())
+
+
+def traffic(hlo: str, trips: int = 1) -> Traffic:
+    """Reads the text of a program that XLA compiled for several TPUs.
+
+    Memory: every instruction outside of a fusion reads its operands and writes its result, unless
+    these are in the chip's vector memory; of an operand that is only sliced, the slice counts.
+    Collectives: by rings, so that of n devices each sends (n - 1) / n of what an all-gather,
+    all-to-all or reduce-scatter makes or takes, and twice that in an all-reduce.
+
+    Args:
+      trips: how often a loop of unknown length runs.
+    """
+    computations, entry = _parse(hlo)
+    hbm = 0.0
+    found: dict[str, tuple[str, int, float]] = {}  # channel: (kind, count, bytes)
+
+    def collect(name, times):
+        """Collectives of a computation; the halves of an asynchronous one share a channel."""
+        for at in computations[name].values():
+            kind = at.opcode.removesuffix('-start')
+            if kind in COLLECTIVES:
+                scattered = name.startswith('all-reduce-scatter')
+                kind = 'reduce-scatter' if scattered else kind
+                channel = re.search(r'channel_id=(\d+)', at.rest)
+                key = channel[1] if channel else at.name
+                before = found.get(key, (kind, 0, 0.0))[1]
+                if times > before:
+                    found[key] = kind, times, times * _sent(at, kind, computations[name])
+            elif at.opcode in ('fusion', 'async-start'):
+                for called in _called(at):
+                    collect(called, times)
+
+    def run(name, times):
+        nonlocal hbm
+        collect(name, times)
+        for at in computations[name].values():
+            if at.opcode == 'while':
+                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', at.rest)
+                for called in _called(at):
+                    run(called, times * (int(known[1]) if known else trips))
+            elif at.opcode in ('call', 'conditional'):
+                for called in _called(at):
+                    run(called, times)
+            elif at.opcode not in _FREE and not at.opcode.endswith('-done'):
+                hbm += times * _moved(at, computations[name], computations)
+
+    run(entry, 1)
+    collectives: dict[str, tuple[int, float]] = collections.defaultdict(lambda: (0, 0.0))
+    for kind, count, sent in found.values():
+        collectives[kind] = collectives[kind][0] + count, collectives[kind][1] + sent
+    return Traffic(hbm, dict(sorted(collectives.items())))
+
+
+def _parse(hlo: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    computations, entry, current = {}, '', {}
+    for line in hlo.splitlines():
+        head = re.match(r'(ENTRY )?%([\w.\-]+) \(.*\{$', line)
+        if head:
+            current = computations[head[2]] = {}
+            entry = head[2] if head[1] else entry
+            continue
+        body = re.match(r'\s+(?:ROOT )?%([\w.\-]+) = (.*)', line)
+        if body:
+            shape, rest = _split(body[2])
+            opcode, rest = rest.strip().split('(', 1)
+            operands, rest = _split('(' + rest)
+            current[body[1]] = _Instruction(
+                body[1], shape, opcode, tuple(re.findall(r'%([\w.\-]+)', operands)), rest
+            )
+    return computations, entry
+
+
+def _split(text: str) -> tuple[str, str]:
+    """A leading parenthesis, or what stands before the first space, and the rest."""
+    if not text.startswith('('):
+        first, _, rest = text.partition(' ')
+        return first, rest
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c == '(') - (c == ')')
+        if not depth:
+            return text[: i + 1], text[i + 1 :]
+    raise ValueError(f'unbalanced: {text[:80]}')
+
+
+def _called(at: _Instruction) -> list[str]:
+    pattern = r'(?:body|condition|calls|to_apply|true_computation|false_computation)=%([\w.\-]+)'
+    branches = re.search(r'branch_computations=\{([^}]*)\}', at.rest)
+    named = re.findall(r'%([\w.\-]+)', branches[1]) if branches else []
+    return re.findall(pattern, at.rest) + named
+
+
+def _arrays(shape: str) -> Iterator[tuple[float, bool]]:
+    """Bytes of each array of a shape, and whether it is in the main memory."""
+    for kind, sizes, layout in re.findall(r'([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?', shape):
+        count = math.prod(int(n) for n in sizes.split(',') if n)
+        space = re.search(r'S\((\d+)\)', layout)
+        yield count * _BITS.get(kind, 32) / 8, space is None or space[1] == '0'
+
+
+def _size(shape: str, memory: bool = True) -> float:
+    return sum(size for size, in_memory in _arrays(shape) if in_memory or not memory)
+
+
+def _sent(at: _Instruction, kind: str, among: dict[str, _Instruction]) -> float:
+    sizes = [size for size, _ in _arrays(at.shape)]
+    whole = max(sizes) if at.opcode.endswith('-start') else sum(sizes)
+    if kind == 'collective-permute':
+        return whole
+    groups = re.search(r'replica_groups=(mesh\[(.*?)\] \{(.*?)\}|\[\d+,(\d+)\]|\{\{([\d,]*)\})', at.rest)
+    if groups is None:
+        return 0.0
+    if groups[2]:
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", groups[2]))
+        n = math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", groups[3]))
+    else:
+        n = int(groups[4]) if groups[4] else len(groups[5].split(','))
+    if at.opcode.startswith('reduce-scatter'):
+        whole = sum(_size(among[name].shape, memory=False) for name in at.operands)
+    return (2 if kind == 'all-reduce' else 1) * whole * (n - 1) / n
+
+
+def _moved(
+    at: _Instruction,
+    among: dict[str, _Instruction],
+    computations: dict[str, dict[str, _Instruction]],
+) -> float:
+    """Bytes of memory that an instruction reads and writes."""
+    read = [_size(among[name].shape) if name in among else 0.0 for name in at.operands]
+    written = _size(at.shape)
+    if at.opcode in ('dynamic-slice', 'gather', 'slice'):
+        return 2 * written
+    if at.opcode in ('dynamic-update-slice', 'scatter'):
+        return 2 * read[1 if at.opcode == 'dynamic-update-slice' else 2]
+    if at.opcode != 'fusion':
+        return sum(read) + written
+    inside = computations[_called(at)[0]]
+    users = collections.defaultdict(list)
+    for other in inside.values():
+        for name in other.operands:
+            users[name].append(other)
+
+    def uses(name):  # seen through what moves nothing
+        for user in users[name]:
+            yield from uses(user.name) if user.opcode == 'bitcast' else [(name, user)]
+
+    for parameter in (p for p in inside.values() if p.opcode == 'parameter'):
+        index = int(re.match(r'\((\d+)\)', f'({parameter.operands})') and 0)
+        del index
+    return sum(read) + written
