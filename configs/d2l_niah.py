@@ -44,6 +44,7 @@ def _published(base: str, early_exit: int) -> ConfigDict:
             'base_dtype': 'bfloat16',
             'base_quantization': 'none',  # or 'int8', 'int4': of kernels and embeddings
             'seed': 0,
+            'topology': 'v5e:2x2',  # that `launch.aot` compiles for
             'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
             'remat': 'full',
             'neftune': 0.0,

@@ -95,6 +95,7 @@ def _published(base: str, folder: str) -> ConfigDict:
             'base_dtype': 'bfloat16',
             'base_quantization': 'none',
             'seed': 0,
+            'topology': 'v5e:2x2',  # that `launch.aot` compiles for
             'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
             'remat': 'full',
             'neftune': 5.0,

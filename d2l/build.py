@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from d2l.context_encoders import CONTEXT_ENCODERS, Config, text_config
@@ -63,5 +63,5 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
     def encode(params, context):
         return features(params, context['tokens'], context.get('pixels')), context['mask']
 
-    example = {'tokens': jnp.zeros((1, 8), jnp.int32), 'mask': jnp.ones((1, 8), bool)}
+    example = {'tokens': np.zeros((1, 8), np.int32), 'mask': np.ones((1, 8), bool)}
     return Hypernetwork(module, encoder, encode, example)

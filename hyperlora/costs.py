@@ -67,8 +67,12 @@ class _Instruction:
     name: str
     shape: str
     opcode: str
-    operands: tuple[str, ...]
+    inside: str  # its parentheses: operands, or the value of a constant
     rest: str  # its attributes
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r'%([\w.\-]+)', self.inside)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +128,8 @@ def traffic(hlo: str, trips: int = 1) -> Traffic:
         collect(name, times)
         for at in computations[name].values():
             if at.opcode == 'while':
-                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', at.rest)
-                for called in _called(at):
-                    run(called, times * (int(known[1]) if known else trips))
+                condition, body = _called(at)
+                run(body, times * (_length(computations[condition]) or trips))
             elif at.opcode in ('call', 'conditional'):
                 for called in _called(at):
                     run(called, times)
@@ -152,10 +155,7 @@ def _parse(hlo: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
         if body:
             shape, rest = _split(body[2])
             opcode, rest = rest.strip().split('(', 1)
-            operands, rest = _split('(' + rest)
-            current[body[1]] = _Instruction(
-                body[1], shape, opcode, tuple(re.findall(r'%([\w.\-]+)', operands)), rest
-            )
+            current[body[1]] = _Instruction(body[1], shape, opcode, *_split('(' + rest))
     return computations, entry
 
 
@@ -179,6 +179,15 @@ def _called(at: _Instruction) -> list[str]:
     return re.findall(pattern, at.rest) + named
 
 
+def _length(condition: dict[str, _Instruction]) -> int | None:
+    """How often a loop runs that counts from 0 while its counter is less than a constant."""
+    root = list(condition.values())[-1]
+    if root.opcode != 'compare' or 'direction=LT' not in root.rest:
+        return None
+    bound = condition[root.operands[1]]
+    return int(bound.inside[1:-1]) if bound.opcode == 'constant' else None
+
+
 def _arrays(shape: str) -> Iterator[tuple[float, bool]]:
     """Bytes of each array of a shape, and whether it is in the main memory."""
     for kind, sizes, layout in re.findall(r'([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?', shape):
@@ -196,7 +205,9 @@ def _sent(at: _Instruction, kind: str, among: dict[str, _Instruction]) -> float:
     whole = max(sizes) if at.opcode.endswith('-start') else sum(sizes)
     if kind == 'collective-permute':
         return whole
-    groups = re.search(r'replica_groups=(mesh\[(.*?)\] \{(.*?)\}|\[\d+,(\d+)\]|\{\{([\d,]*)\})', at.rest)
+    groups = re.search(
+        r'replica_groups=(mesh\[(.*?)\] \{(.*?)\}|\[\d+,(\d+)\]|\{\{([\d,]*)\})', at.rest
+    )
     if groups is None:
         return 0.0
     if groups[2]:
@@ -215,25 +226,49 @@ def _moved(
     computations: dict[str, dict[str, _Instruction]],
 ) -> float:
     """Bytes of memory that an instruction reads and writes."""
-    read = [_size(among[name].shape) if name in among else 0.0 for name in at.operands]
-    written = _size(at.shape)
+    read = [_size(among[name].shape) for name in at.operands]
     if at.opcode in ('dynamic-slice', 'gather', 'slice'):
-        return 2 * written
+        return 2 * _size(at.shape)
     if at.opcode in ('dynamic-update-slice', 'scatter'):
         return 2 * read[1 if at.opcode == 'dynamic-update-slice' else 2]
+    if at.opcode == 'copy-start':  # its result holds its operand
+        size, in_memory = next(_arrays(at.shape))
+        return read[0] + size * in_memory
+    written = _size(at.shape)
     if at.opcode != 'fusion':
         return sum(read) + written
-    inside = computations[_called(at)[0]]
-    users = collections.defaultdict(list)
-    for other in inside.values():
-        for name in other.operands:
-            users[name].append(other)
+    (name,) = _called(at)
+    for other in computations[name].values():
+        if other.opcode == 'dynamic-update-slice':  # in place
+            update = computations[name][other.operands[1]]
+            written -= max(_size(other.shape) - _size(update.shape), 0)
+    return max(written, 0) + sum(
+        min(whole, _read(computations, name, index)) for index, whole in enumerate(read)
+    )
 
-    def uses(name):  # seen through what moves nothing
-        for user in users[name]:
-            yield from uses(user.name) if user.opcode == 'bitcast' else [(name, user)]
 
-    for parameter in (p for p in inside.values() if p.opcode == 'parameter'):
-        index = int(re.match(r'\((\d+)\)', f'({parameter.operands})') and 0)
-        del index
-    return sum(read) + written
+def _read(computations: dict[str, dict[str, _Instruction]], name: str, index: int) -> float:
+    """Bytes that a fusion reads of one of its operands."""
+    inside = computations[name]
+    (parameter,) = (
+        p for p in inside.values() if p.opcode == 'parameter' and p.inside == f'({index})'
+    )
+
+    def follow(source):
+        total = 0.0
+        for user in inside.values():
+            if source.name not in user.operands:
+                continue
+            first = user.operands[0] == source.name
+            if user.opcode == 'bitcast':
+                total += follow(user)
+            elif user.opcode == 'fusion':
+                places = [i for i, operand in enumerate(user.operands) if operand == source.name]
+                total += sum(_read(computations, _called(user)[0], i) for i in places)
+            elif user.opcode in ('dynamic-slice', 'gather', 'slice') and first:
+                total += _size(user.shape, memory=False)
+            elif not (user.opcode == 'dynamic-update-slice' and first):
+                total += _size(source.shape, memory=False)
+        return total
+
+    return follow(parameter)

@@ -118,7 +118,7 @@ class Learner:
 
         Args:
           params: hypernetwork parameters.
-          frozen: parameters of the `base` model and of the context `encoder`.
+          frozen: parameters of the `base` model, and of the context `encoder` if it is another.
           batch: `context`, what the hypernetwork's encoder takes, of `[g * n, ...]`;
             `query`: tokens `[b, t]`, labels, label_positions (of the hidden state that predicts
             each) and label_weights `[b, k]`, chunk_weights `[b, n]`; positions and segments
@@ -126,8 +126,9 @@ class Learner:
           key: for dropout and noise; None for neither.
         """
         key, noise_key = (None, None) if key is None else jax.random.split(key)
+        encoder = frozen.get('encoder', frozen['base'])
         chunks, shared, extra = self.hypernetwork.generate_with_losses(
-            params, frozen['encoder'], batch['context'], key
+            params, encoder, batch['context'], key
         )
         logits_of = functools.partial(self._logits, frozen['base'], noise_key)
         total, sums = self.objective(chunks, shared, batch, logits_of)
@@ -229,7 +230,7 @@ class Plan:
 
     Attributes:
       learner: what is computed.
-      frozen: parameters of the `base` model and of the context `encoder`, on the mesh.
+      frozen: see `Learner.loss`, on the mesh.
       state: the abstract TrainState, each leaf with its place.
       batch_place: where batches live.
       init: encoder parameters -> a fresh TrainState.
@@ -265,9 +266,12 @@ def make_plan(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh) -> P
         places,
     )
     sharding.check_divided([base.params, state])
+    frozen = {'base': base.params}
+    if encoder_params is not base.params:  # else it would be passed, and counted, twice
+        frozen['encoder'] = encoder_params
     return Plan(
         learner,
-        {'base': base.params, 'encoder': encoder_params},
+        frozen,
         state,
         NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp'))),
         jax.jit(init, out_shardings=places),
@@ -287,12 +291,12 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
       UserError: a bad config, a checkpoint of another base or config, or a loss that is not finite.
     """
     mesh = sharding.make_mesh(config.mesh)
-    rules = sharding.rules(config.get('rules'))
-    with rules:
+    rules = functools.partial(sharding.rules, config.get('rules'))
+    with rules():
         base = load_base(config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization)
         plan = make_plan(config, base, mesh)
     learner, encoder = plan.learner, plan.learner.hypernetwork.encoder
-    with jax.set_mesh(mesh), rules:
+    with jax.set_mesh(mesh), rules():
         # ---- data, checkpoint, metrics
         batches = iter(
             data.build(

@@ -153,8 +153,8 @@ def check_divided(tree: Any) -> None:
     if whole > max(_TOLERANCE * total, _NEGLIGIBLE):
         largest = sorted(found, key=found.get, reverse=True)[:5]
         raise UserError(
-            f'{whole / total:.0%} of {total / 2**20:.0f} MiB are replicated although the mesh could '
-            f'divide them, most of all {", ".join(largest)}; set config.rules or config.mesh'
+            f'{whole / total:.0%} of {total / 2**20:.0f} MiB are replicated although the mesh '
+            f'could divide them, most of all {", ".join(largest)}; set config.rules or config.mesh'
         )
 
 
