@@ -151,7 +151,7 @@ def check_divided(tree: Any) -> None:
     total = sum(map(nbytes, jax.tree.leaves(tree)))
     whole = sum(found.values())
     if whole > max(_TOLERANCE * total, _NEGLIGIBLE):
-        largest = sorted(found, key=found.get, reverse=True)[:5]
+        largest = [name for name in sorted(found, key=found.get, reverse=True) if found[name]][:5]
         raise UserError(
             f'{whole / total:.0%} of {total / 2**20:.0f} MiB are replicated although the mesh '
             f'could divide them, most of all {", ".join(largest)}; set config.rules or config.mesh'
