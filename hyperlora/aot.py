@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from hyperlora import costs, data, meta_learning, sharding
 from hyperlora.generation import greedy
 from hyperlora.lora import Lora
-from hyperlora.meta_learning import Plan, TrainState
+from hyperlora.meta_learning import Learner, Plan, TrainState
 from hyperlora.models.base import BaseModel, abstract_base
 from hyperlora.models.decoder import Decoder
 from hyperlora.tpus import Topology, topology
@@ -54,6 +54,12 @@ def report(config: ConfigDict, name: str, steps: Sequence[str] = STEPS) -> dict[
             config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization
         )
         plan = meta_learning.make_plan(config, base, mesh)
+        # What is computed anew in the backward pass is no progress: it does not count in the MFU.
+        other = config.copy_and_resolve_references()
+        other.remat = 'none'
+        if 'remat' in other.hypernetwork.shape:
+            other.hypernetwork.shape.remat = 'none'
+        lean = meta_learning.make_learner(other, base, plan.learner.groups, mesh)
     held = [base.params, plan.state]
     found = {
         'config': config.name,
@@ -66,14 +72,20 @@ def report(config: ConfigDict, name: str, steps: Sequence[str] = STEPS) -> dict[
         / sum(map(sharding.nbytes, jax.tree.leaves(held))),
         'steps': {},
     }
-    compilers = {'train': _train, 'internalize': _internalize, 'generate': _generate}
+    compilers = {
+        'train': functools.partial(_train, lean),
+        'internalize': _internalize,
+        'generate': _generate,
+    }
     with jax.set_mesh(mesh), rules():
         for step in steps:
             found['steps'][step] = compilers[step](config, base, plan, target)
     return found
 
 
-def _train(config: ConfigDict, base: BaseModel, plan: Plan, target: Topology) -> dict[str, Any]:
+def _train(
+    lean: Learner, config: ConfigDict, base: BaseModel, plan: Plan, target: Topology
+) -> dict[str, Any]:
     learner = plan.learner
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=plan.batch_place),
@@ -82,14 +94,8 @@ def _train(config: ConfigDict, base: BaseModel, plan: Plan, target: Topology) ->
         ),
     )
     tokens = {part: batch[part]['tokens'].size for part in batch if 'tokens' in batch[part]}
-    # What is computed anew in the backward pass is no progress: it does not count in the MFU.
-    lean = config.copy_and_resolve_references()
-    lean.remat = 'none'
-    if 'remat' in lean.hypernetwork.shape:
-        lean.hypernetwork.shape.remat = 'none'
-    once = meta_learning.make_learner(lean, base, learner.groups, plan.batch_place.mesh).step
     args = {'state': plan.state, 'frozen': plan.frozen, 'batch': batch}
-    return _measure(plan.step, args, target, tokens, costs.matmul_flops(once, *args.values()))
+    return _measure(plan.step, args, target, tokens, costs.matmul_flops(lean.step, *args.values()))
 
 
 def _internalize(

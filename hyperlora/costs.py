@@ -205,19 +205,24 @@ def _sent(at: _Instruction, kind: str, among: dict[str, _Instruction]) -> float:
     whole = max(sizes) if at.opcode.endswith('-start') else sum(sizes)
     if kind == 'collective-permute':
         return whole
-    groups = re.search(
-        r'replica_groups=(mesh\[(.*?)\] \{(.*?)\}|\[\d+,(\d+)\]|\{\{([\d,]*)\})', at.rest
-    )
-    if groups is None:
-        return 0.0
-    if groups[2]:
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", groups[2]))
-        n = math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", groups[3]))
-    else:
-        n = int(groups[4]) if groups[4] else len(groups[5].split(','))
+    n = _group_size(at.rest)
     if at.opcode.startswith('reduce-scatter'):
         whole = sum(_size(among[name].shape, memory=False) for name in at.operands)
     return (2 if kind == 'all-reduce' else 1) * whole * (n - 1) / n
+
+
+def _group_size(attributes: str) -> int:
+    """How many devices take part, from any of XLA's three ways to say which."""
+    mesh = re.search(r'replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}', attributes)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])  # perhaps a part of an axis
+        return math.prod(int(part or sizes[name]) for name, part in axes)
+    grid = re.search(r'replica_groups=\[\d+,(\d+)\]', attributes)
+    listed = re.search(r'replica_groups=\{\{([\d,]+)\}', attributes)
+    if not grid and not listed:
+        raise ValueError(f'cannot read the replica groups of {attributes[:200]}')
+    return int(grid[1]) if grid else len(listed[1].split(','))
 
 
 def _moved(
