@@ -133,7 +133,9 @@ def traffic(hlo: str, trips: int = 1) -> Traffic:
             elif at.opcode in ('call', 'conditional'):
                 for called in _called(at):
                     run(called, times)
-            elif at.opcode not in _FREE and not at.opcode.endswith('-done'):
+            elif not (
+                at.opcode in _FREE or at.opcode.endswith('-done') or 'AllocateBuffer' in at.rest
+            ):
                 hbm += times * _moved(at, computations[name], computations)
 
     run(entry, 1)
@@ -260,10 +262,11 @@ def _read(computations: dict[str, dict[str, _Instruction]], name: str, index: in
     )
 
     def follow(source):
+        users = [user for user in inside.values() if source.name in user.operands]
+        if not users:  # the result: what is around reads it
+            return _size(source.shape, memory=False)
         total = 0.0
-        for user in inside.values():
-            if source.name not in user.operands:
-                continue
+        for user in users:
             first = user.operands[0] == source.name
             if user.opcode == 'bitcast':
                 total += follow(user)

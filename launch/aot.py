@@ -26,7 +26,7 @@ def main(_):
     import jax
 
     jax.config.update('jax_platforms', 'cpu')  # TPUs that are there are left alone
-    jax.config.update('jax_enable_compilation_cache', False)  # it takes no foreign programs
+    jax.config.update('jax_enable_compilation_cache', False)  # cannot read such programs
     from hyperlora import aot
 
     steps = aot.STEPS if _STEP.value == 'all' else (_STEP.value,)
