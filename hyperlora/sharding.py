@@ -127,12 +127,15 @@ def replicated_bytes(tree: Any) -> dict[str, float]:
     with the share `1 - k / n` of its bytes. (The axis data is for copies.)
 
     Args:
-      tree: arrays or abstract values, with NamedShardings.
+      tree: arrays or abstract values, with shardings.
     """
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        mesh = leaf.sharding.mesh
-        most = math.prod(mesh.shape[axis] for axis in AXES if axis != 'data')
+        if not isinstance(leaf.sharding, NamedSharding):  # on one device
+            found[_name(path)] = 0.0
+            continue
+        shape = leaf.sharding.mesh.shape
+        most = math.prod(shape[axis] for axis in AXES if axis != 'data')
         parts = leaf.size // max(math.prod(leaf.sharding.shard_shape(leaf.shape)), 1)
         found[_name(path)] = nbytes(leaf) * max(1 - parts / most, 0)
     return found
