@@ -107,6 +107,8 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     places = nn.logical_to_mesh_sharding(nn.get_partition_spec(tree), mesh, table)
 
     def check(path, leaf, place):
+        # Not `nn.unbox`, which under a mesh would constrain the values.
+        leaf = leaf.value if isinstance(leaf, nn.Partitioned) else leaf
         for axis, (size, names) in enumerate(zip(leaf.shape, place.spec, strict=False)):
             names = (names,) if isinstance(names, str) else names or ()
             parts = math.prod(mesh.shape[name] for name in names)
@@ -116,7 +118,9 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
                     f'be divided by {" x ".join(names)} = {parts}; set config.mesh'
                 )
 
-    jax.tree_util.tree_map_with_path(check, nn.unbox(tree), places)
+    jax.tree_util.tree_map_with_path(
+        check, tree, places, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
     return places
 
 
