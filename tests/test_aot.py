@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, tiny_training
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from test_commands import assert_mistake, execute
 
@@ -31,8 +32,10 @@ def needs_libtpu():
     pytest.importorskip('libtpu')
     caching = jax.config.jax_enable_compilation_cache
     jax.config.update('jax_enable_compilation_cache', False)
+    compilation_cache.reset_cache()  # else it goes on as before
     yield
     jax.config.update('jax_enable_compilation_cache', caching)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
