@@ -2,8 +2,9 @@
 
     python -m launch.train --config=configs/d2l_niah.py:smollm2 --workdir=DIR
 
-Variants: `smollm2` (two CPU cores), `gemma2_2b`, `mistral_7b`, `qwen3_4b` (the published settings),
-`tiny` (seconds; for tests).
+Variants: `smollm2` (two CPU cores), `gemma2_2b`, `mistral_7b`, `qwen3_4b` (the published settings,
+each for the TPUs that it names; for other devices set config.mesh, groups and accumulate), `tiny`
+(seconds; for tests).
 """
 
 from ml_collections import ConfigDict
@@ -24,19 +25,26 @@ def get_config(variant: str = 'smollm2') -> ConfigDict:
     variants = {
         'smollm2': _smollm2,
         'tiny': _tiny,
-        'gemma2_2b': lambda: _published('gemma2_2b', 6),
-        'mistral_7b': lambda: _published('mistral_7b', 8),
-        'qwen3_4b': lambda: _published('qwen3_4b', 9),
+        'gemma2_2b': lambda: _published('gemma2_2b', 6, 'v5e:2x2', {'fsdp': 4}, 4),
+        'mistral_7b': lambda: _published('mistral_7b', 8, 'v5p:4x4x4', {'fsdp': 16, 'tensor': 4}),
+        'qwen3_4b': lambda: _published('qwen3_4b', 9, 'v5e:2x4', {'fsdp': 8}, 2),
     }
     if variant not in variants:
         raise UserError(f'unknown variant {variant!r} of d2l_niah; known: {", ".join(variants)}')
     return variants[variant]()
 
 
-def _published(base: str, early_exit: int) -> ConfigDict:
-    """The settings of the paper: 640,000 contexts of 32 to 256 tokens, once."""
-    contexts = 128
-    steps = 640_000 // contexts
+def _published(
+    base: str, early_exit: int, topology: str, mesh: dict[str, int], accumulate: int = 1
+) -> ConfigDict:
+    """The settings of the paper: 640,000 contexts of 32 to 256 tokens, once.
+
+    Args:
+      topology, mesh: the TPUs that it is made for.
+      accumulate: so that there are 128 contexts in a step.
+    """
+    contexts = 8  # of a packed row: 8 chunks each of rank 8 make a rank of 512
+    steps = 640_000 // 128
     return ConfigDict(
         {
             'name': 'd2l_niah',
@@ -44,12 +52,13 @@ def _published(base: str, early_exit: int) -> ConfigDict:
             'base_dtype': 'bfloat16',
             'base_quantization': 'none',  # or 'int8', 'int4': of kernels and embeddings
             'seed': 0,
-            'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
+            'topology': topology,  # that `launch.aot` compiles for
+            'mesh': {'data': 1, 'fsdp': 1, 'tensor': 1, **mesh},
             'remat': 'full',
             'neftune': 0.0,
             'init_from': '',  # weights to start from: a name, an export or a workdir
             'groups': 1,  # packed rows per data shard
-            'accumulate': 1,
+            'accumulate': accumulate,
             'log_every': 10,
             'checkpoint_every': 500,
             'keep_checkpoints': 2,
@@ -77,6 +86,7 @@ def _published(base: str, early_exit: int) -> ConfigDict:
                     'per_layer_processing': True,
                     'gate': False,
                     'scaler_b': 0.0,
+                    'remat': 'full',
                 },
             },
             'objective': {'name': 'cross_entropy', 'l1': 1.5, 'max_chunks': 8},
@@ -121,9 +131,9 @@ def _published(base: str, early_exit: int) -> ConfigDict:
 def _smollm2() -> ConfigDict:
     """Differs from the published settings in size, in the gate, and in a curriculum: first the
     bare needle, then haystacks, then needle-free chunks that count many times over."""
-    config = _published('smollm2', 7)
+    config = _published('smollm2', 7, 'v5e:2x2', {'fsdp': -1})
     config.base_dtype = 'float32'
-    config.remat = 'none'
+    config.remat = config.hypernetwork.shape.remat = 'none'
     config.hypernetwork.shape.update(
         {
             'latent_size': 192,

@@ -3,11 +3,12 @@
     python -m launch.train --config=configs/t2l.py:smollm2,TASKS --workdir=DIR
 
 TASKS is a folder of tasks, a JSON file each; without it the generated tasks alone are trained on.
-Variants: `smollm2` (two CPU cores), `gemma2_2b`, `mistral_7b`, `llama3_8b` (the published
-settings), `tiny` (seconds; for tests). For comparison, on SmolLM2 and the same loop: `multitask`
-(one LoRA, on the batches of `smollm2`), `per_task` (a LoRA for each task of the folder), and
-`reconstruction,LORAS` (a hypernetwork trained towards the LoRAs that a run of `per_task` left in
-the folder LORAS, rather than on examples).
+Variants: `smollm2` (two CPU cores), `gemma2_2b`, `mistral_7b`, `llama3_8b` (the published settings,
+each for the TPUs that it names; for other devices set config.mesh and groups), `tiny` (seconds; for
+tests). For comparison, on SmolLM2 and the same loop: `multitask` (one LoRA, on the batches of
+`smollm2`), `per_task` (a LoRA for each task of the folder), and `reconstruction,LORAS` (a
+hypernetwork trained towards the LoRAs that a run of `per_task` left in the folder LORAS, rather
+than on examples).
 """
 
 import functools
@@ -63,15 +64,16 @@ def get_config(argument: str = 'smollm2') -> ConfigDict:
       UserError: no such variant.
     """
     variant, _, folder = argument.partition(',')
+    large = 'v5e:4x4', {'fsdp': 8, 'tensor': 2}
     variants = {
         'smollm2': _smollm2,
         'tiny': _tiny,
         'multitask': _multitask,
         'per_task': _per_task,
         'reconstruction': _reconstruction,
-        'gemma2_2b': functools.partial(_published, 'gemma2_2b'),
-        'mistral_7b': functools.partial(_published, 'mistral_7b'),
-        'llama3_8b': functools.partial(_published, 'llama3_8b'),
+        'gemma2_2b': functools.partial(_published, 'gemma2_2b', 'v5e:2x2', {'fsdp': 4}),
+        'mistral_7b': functools.partial(_published, 'mistral_7b', *large),
+        'llama3_8b': functools.partial(_published, 'llama3_8b', *large),
     }
     if variant not in variants:
         raise UserError(f'unknown variant {variant!r} of t2l; known: {", ".join(variants)}')
@@ -85,8 +87,13 @@ def _sources(folder: str) -> tuple[dict, ...]:
     return ({'reader': 'json', 'path': folder, 'held_out': HELD_OUT['json']}, generated)
 
 
-def _published(base: str, folder: str) -> ConfigDict:
-    """The settings of the paper, L."""
+def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> ConfigDict:
+    """The settings of the paper, L: eight tasks a step.
+
+    Args:
+      topology, mesh: the TPUs that it is made for.
+      folder: of tasks.
+    """
     steps = 160_000
     return ConfigDict(
         {
@@ -95,11 +102,12 @@ def _published(base: str, folder: str) -> ConfigDict:
             'base_dtype': 'bfloat16',
             'base_quantization': 'none',
             'seed': 0,
-            'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
+            'topology': topology,  # that `launch.aot` compiles for
+            'mesh': {'data': 1, 'fsdp': 1, 'tensor': 1, **mesh},
             'remat': 'full',
             'neftune': 5.0,
             'init_from': '',  # weights to start from: a name, an export or a workdir
-            'groups': 8,
+            'groups': 8 // max(mesh['fsdp'], 1),  # packed rows per data shard
             'accumulate': 1,
             'log_every': 10,
             'checkpoint_every': 500,
@@ -147,7 +155,7 @@ def _published(base: str, folder: str) -> ConfigDict:
 
 
 def _smollm2(folder: str) -> ConfigDict:
-    config = _published('smollm2', folder)
+    config = _published('smollm2', 'v5e:2x2', {'fsdp': -1}, folder)
     config.base_dtype = 'float32'
     config.remat = 'none'
     config.log_every = 10

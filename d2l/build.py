@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from d2l.context_encoders import CONTEXT_ENCODERS, Config, text_config
@@ -13,7 +13,7 @@ from d2l.hypernetwork import DocToLora, DocToLoraConfig
 from hyperlora import lora
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
-from hyperlora.models.base import BaseModel, load_encoder
+from hyperlora.models.base import BaseModel, abstract_base, load_encoder
 from hyperlora.models.families import DecoderConfig
 
 
@@ -47,7 +47,8 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
         raise UserError(f'unknown context encoder {name!r}; known: {", ".join(CONTEXT_ENCODERS)}')
     encoder = base
     if config.encoder.model:
-        encoder = load_encoder(
+        load = abstract_base if base.abstract else load_encoder
+        encoder = load(
             config.encoder.model, config.encoder.dtype, mesh, config.encoder.quantization
         )
     module = make_module(config, base.config, encoder.config)
@@ -62,5 +63,5 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
     def encode(params, context):
         return features(params, context['tokens'], context.get('pixels')), context['mask']
 
-    example = {'tokens': jnp.zeros((1, 8), jnp.int32), 'mask': jnp.ones((1, 8), bool)}
+    example = {'tokens': np.zeros((1, 8), np.int32), 'mask': np.ones((1, 8), bool)}
     return Hypernetwork(module, encoder, encode, example)

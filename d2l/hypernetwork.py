@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from d2l.perceiver import Perceiver, PerceiverConfig
 from hyperlora.layers import dense, torch_linear_init
 from hyperlora.lora import Lora, LoraPair
+from hyperlora.models.decoder import REMAT_POLICIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ class DocToLoraConfig:
       gate: whether each chunk's LoRA is multiplied by a learned gate in [0, 1]. Not in the paper:
         the LoRAs of thousands of chunks without content would add up; the gate shuts them off,
         exactly (the stretched sigmoid of Louizos et al., arXiv 1712.01312, without its noise).
+      remat: what the backward pass keeps of each part of the Perceiver and of each residual MLP, a
+        key of `decoder.REMAT_POLICIES`.
       scaler_b: initial value of the scalers of B. At the paper's 0 a small batch dithers around
         zero for hundreds of steps, because the heads learn in proportion to it.
     """
@@ -62,6 +65,7 @@ class DocToLoraConfig:
     use_bias: bool = True
     gate: bool = False
     scaler_b: float = 0.0
+    remat: str = 'none'
 
     @property
     def perceiver(self) -> PerceiverConfig:
@@ -78,6 +82,7 @@ class DocToLoraConfig:
             self.num_kv_heads,
             self.head_dim,
             projection_width=4 * self.feature_width,
+            remat=self.remat,
         )
 
 
@@ -154,8 +159,11 @@ class DocToLora(nn.Module):
         x = x.reshape(chunks, c.num_layers, modules, c.rank, c.latent_size)
         # Layers and modules first, as in the weights: the products below are plain batched ones.
         x = x.transpose(1, 2, 0, 3, 4)
+        mlp = ResidualMlp
+        if c.remat != 'none':
+            mlp = nn.remat(ResidualMlp, policy=REMAT_POLICIES[c.remat])
         for i in range(c.num_pre_head_layers):
-            x = ResidualMlp(c.per_layer_processing, name=f'pre_head_{i}')(x)
+            x = mlp(c.per_layer_processing, name=f'pre_head_{i}')(x)
         x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
         widest = max(i + o for _, i, o in c.dims)

@@ -147,6 +147,12 @@ class NeedleGroups:
         rng = np.random.default_rng((self.seed, 1, index))
         odds = np.asarray(stage['chunks'])
         parts = 1 + int(shape_rng.choice(len(odds), p=odds / odds.sum()))
+        return self.group(stage, parts, rng)
+
+    def group(
+        self, stage: dict[str, Any], parts: int, rng: np.random.Generator
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """A group of a stage, each document in so many parts."""
         contexts, pool = stage['contexts'], stage['pool']
 
         def write(needle):
@@ -188,6 +194,16 @@ class NeedleGroups:
             'label_positions': np.tile(positions, (len(numbers), 1)),
             'label_weights': np.full(labels.shape, 1 / labels.shape[1], np.float32),
         }
+
+
+def example(config: ConfigDict, base: BaseModel, encoder: BaseModel) -> dict[str, dict[str, Any]]:
+    """A group of the largest shape; see `data.abstract`."""
+    source = NeedleGroups(base.tokenizer, encoder.tokenizer, config.stages, 0, 1)
+    rng = np.random.default_rng(0)
+    groups = [source.group(stage, len(stage['chunks']), rng) for stage in source.stages]
+    return max(
+        groups, key=lambda group: group['context']['tokens'].size + group['query']['tokens'].size
+    )
 
 
 def build(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from hyperlora.layers import dense
 from hyperlora.models.attention import attention
-from hyperlora.models.decoder import RMSNorm
+from hyperlora.models.decoder import REMAT_POLICIES, RMSNorm
 
 _EPS = 1e-6
 
@@ -37,6 +37,7 @@ class PerceiverConfig:
         self-attention layers.
       num_heads, num_kv_heads, head_dim: of every attention.
       projection_width: inner width of the SwiGLU that maps features to d.
+      remat: what the backward pass keeps of each part, a key of `decoder.REMAT_POLICIES`.
     """
 
     latent_size: int
@@ -49,6 +50,7 @@ class PerceiverConfig:
     num_kv_heads: int
     head_dim: int
     projection_width: int
+    remat: str = 'none'
 
 
 class SwiGLU(nn.Module):
@@ -116,14 +118,19 @@ class Perceiver(nn.Module):
           The encoder's latents `[n, z, d]` and the decoder's outputs `[n, num_outputs, d]`.
         """
         c = self.config
-        context = SwiGLU(c.projection_width, c.latent_size, name='modality_projection')(features)
+
+        def part(module):
+            return module if c.remat == 'none' else nn.remat(module, policy=REMAT_POLICIES[c.remat])
+
+        project = part(SwiGLU)(c.projection_width, c.latent_size, name='modality_projection')
+        context = project(features)
 
         def queries(name, count):
             init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (None, 'latent'))
             return self.param(name, init, (count, c.latent_size))[None]
 
         def layer(name):
-            return AttentionLayer(c, name=name)
+            return part(AttentionLayer)(c, name=name)
 
         cross = [layer('cross_0')]
         if c.shared_blocks:

@@ -23,8 +23,8 @@ from hyperlora.errors import UserError
 # Settings that may differ when a run resumes: they do not change what it computes. Those of the
 # second line spread a step over devices and microbatches; `rows_per_step` of the record is what
 # they must not change.
-HARMLESS_SETTINGS = ('log_every', 'checkpoint_every', 'keep_checkpoints')
-_SPREAD = ('mesh', 'groups', 'accumulate')
+HARMLESS_SETTINGS = ('checkpoint_every', 'keep_checkpoints', 'log_every', 'remat', 'topology')
+_SPREAD = ('mesh', 'rules', 'groups', 'accumulate')
 
 _PARAMS = 'params.safetensors'
 _CONFIG = 'config.json'

@@ -12,6 +12,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from hyperlora import lora
@@ -76,4 +77,4 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
     def encode(_, context):
         return context['task'], None
 
-    return Hypernetwork(module, base, encode, {'task': jnp.zeros(1, jnp.int32)})
+    return Hypernetwork(module, base, encode, {'task': np.zeros(1, np.int32)})

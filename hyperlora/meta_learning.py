@@ -19,6 +19,7 @@ import functools
 import math
 import re
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from hyperlora import data, hosts, hypernetwork, lora, objectives, sharding, trained
@@ -116,7 +118,7 @@ class Learner:
 
         Args:
           params: hypernetwork parameters.
-          frozen: parameters of the `base` model and of the context `encoder`.
+          frozen: parameters of the `base` model, and of the context `encoder` if it is another.
           batch: `context`, what the hypernetwork's encoder takes, of `[g * n, ...]`;
             `query`: tokens `[b, t]`, labels, label_positions (of the hidden state that predicts
             each) and label_weights `[b, k]`, chunk_weights `[b, n]`; positions and segments
@@ -124,8 +126,9 @@ class Learner:
           key: for dropout and noise; None for neither.
         """
         key, noise_key = (None, None) if key is None else jax.random.split(key)
+        encoder = frozen.get('encoder', frozen['base'])
         chunks, shared, extra = self.hypernetwork.generate_with_losses(
-            params, frozen['encoder'], batch['context'], key
+            params, encoder, batch['context'], key
         )
         logits_of = functools.partial(self._logits, frozen['base'], noise_key)
         total, sums = self.objective(chunks, shared, batch, logits_of)
@@ -218,6 +221,64 @@ def make_learner(
     )
 
 
+# -------------------------------------------------------------------- the step on its devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A training on a mesh, as `train` runs it and `launch.aot` compiles it.
+
+    Attributes:
+      learner: what is computed.
+      frozen: see `Learner.loss`, on the mesh.
+      state: the abstract TrainState, each leaf with its place.
+      batch_place: where batches live.
+      init: encoder parameters -> a fresh TrainState.
+      step: jitted `Learner.step`; the state is donated and keeps its places, so that a shape of
+        batch is compiled once.
+    """
+
+    learner: Learner
+    frozen: Any
+    state: TrainState
+    batch_place: NamedSharding
+    init: Callable[[Any], TrainState]
+    step: Callable[[TrainState, Any, Batch], tuple[TrainState, dict]]
+
+
+def make_plan(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh) -> Plan:
+    """Plans the training of a config; the base model may be abstract.
+
+    Raises:
+      UserError: a bad config, or parameters that the mesh cannot divide or leaves undivided.
+    """
+    learner = make_learner(config, base, sharding.data_shards(mesh) * config.groups, mesh)
+    encoder_params = learner.hypernetwork.encoder.params
+    key = jax.random.key(config.seed)
+
+    def init(encoder_params):
+        return nn.unbox(learner.init(key, encoder_params))
+
+    places = sharding.shardings(jax.eval_shape(learner.init, key, encoder_params), mesh)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(init, encoder_params),
+        places,
+    )
+    sharding.check_divided([base.params, state])
+    frozen = {'base': base.params}
+    if encoder_params is not base.params:  # else it would be passed, and counted, twice
+        frozen['encoder'] = encoder_params
+    return Plan(
+        learner,
+        frozen,
+        state,
+        NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp'))),
+        jax.jit(init, out_shardings=places),
+        jax.jit(learner.step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh))),
+    )
+
+
 # ---------------------------------------------------------------------------------- the loop
 
 
@@ -233,40 +294,26 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     hosts.check_agreement({'config': config.to_dict(), 'workdir': workdir})
     hosts.check_shared(workdir)
     mesh = sharding.make_mesh(config.mesh)
-    groups = sharding.data_shards(mesh) * config.groups
-    base = load_base(config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization)
-    learner = make_learner(config, base, groups, mesh)
-    encoder = learner.hypernetwork.encoder
-    frozen = {'base': base.params, 'encoder': encoder.params}
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        # ---- state: abstract first, then shardings, then created where it lives
-        def boxed(encoder_params):
-            return learner.init(jax.random.key(config.seed), encoder_params)
-
-        def init(encoder_params):
-            return nn.unbox(boxed(encoder_params))
-
-        places = sharding.shardings(jax.eval_shape(boxed, encoder.params), mesh)
-        abstract = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            jax.eval_shape(init, encoder.params),
-            places,
-        )
-
+    rules = functools.partial(sharding.rules, config.get('rules'))
+    with rules():
+        base = load_base(config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization)
+        plan = make_plan(config, base, mesh)
+    learner, encoder = plan.learner, plan.learner.hypernetwork.encoder
+    with jax.set_mesh(mesh), rules():
         # ---- data, checkpoint, metrics
         dataset = data.build(
             config.data,
             base,
             encoder,
             config.seed,
-            groups,
+            learner.groups,
             config.accumulate,
-            sharding.own_groups(mesh, groups),
+            sharding.own_groups(mesh, learner.groups),
         )
         meta = {
             'base_fingerprint': base.fingerprint,
             'encoder_fingerprint': encoder.fingerprint,
-            'rows_per_step': groups * config.accumulate,
+            'rows_per_step': learner.groups * config.accumulate,
             'config': config.to_dict(),
         }
         hosts.check_agreement(meta)  # what they loaded
@@ -275,17 +322,18 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         )
         start = checkpointer.latest_step()
         if start is None:
-            state = jax.jit(init, out_shardings=places)(encoder.params)
+            state = plan.init(encoder.params)
             if config.init_from:
                 folder, params, record = trained.read(config.init_from)
                 check_models(record, meta)
-                trained.check_fit(folder, abstract.params, params)
+                trained.check_fit(folder, plan.state.params, params)
             else:
                 params = learner.hypernetwork.start(state.params)
-            state = state.replace(params=sharding.put(params, places.params))
+            places = jax.tree.map(lambda x: x.sharding, plan.state.params)
+            state = state.replace(params=sharding.put(params, places))
         else:
             check_meta(checkpointer.meta(start), meta)
-            state = checkpointer.restore(start, abstract)
+            state = checkpointer.restore(start, plan.state)
             _report(f'resumed at step {start} from {workdir}')
         start = start or 0
         batches = iter(
@@ -301,20 +349,16 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         )
 
         # ---- steps
-        # The state keeps its places from step to step: a shape of batch is compiled once.
-        step_fn = jax.jit(
-            learner.step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh))
-        )
         last_step = config.optimizer.steps
         progress = Progress(last_step, start)
         # Several processes leave SIGTERM to JAX, which tells it to all of them.
         stop = _StopOnSignal() if jax.process_count() == 1 else None
         metrics = None
         for step in range(start + 1, last_step + 1):
-            batch = sharding.global_batch(next(batches), mesh)
+            batch = sharding.global_batch(next(batches), plan.batch_place)
             rows = jax.tree.leaves(batch.get('query', batch.get('target')))
             examples = math.prod(rows[0].shape[:2])
-            before, (state, metrics) = metrics, step_fn(state, frozen, batch)
+            before, (state, metrics) = metrics, plan.step(state, plan.frozen, batch)
             jax.block_until_ready(before)  # steps are dispatched one ahead: rates are real
             progress.update(step, examples)
             stopping = stop.requested if stop else checkpointer.reached_preemption(step)
@@ -334,7 +378,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 other = 'exact' if 'exact' in values else 'error'
                 _report(
                     f'{progress.line(values["loss"])}  {other} {values[other]:.2g}  '
-                    f'shapes compiled {step_fn._cache_size()}'
+                    f'shapes compiled {plan.step._cache_size()}'
                 )
             if saving:
                 if writer:

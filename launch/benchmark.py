@@ -51,42 +51,6 @@ def measure(function, *args) -> dict:
     return {'seconds': own, 'peak_gflops': 2 * 2048**3 / peak / 1e9}
 
 
-def matmul_flops(function, *args) -> float:
-    """Floating-point operations of all matrix products of a function, loops counted in full."""
-    import jax
-    from jax.extend.core import ClosedJaxpr, Jaxpr
-
-    def product(sizes):
-        total = 1
-        for size in sizes:
-            total *= size
-        return total
-
-    def inner(value):
-        if isinstance(value, ClosedJaxpr):
-            return [value.jaxpr]
-        if isinstance(value, Jaxpr):
-            return [value]
-        return [j for v in value for j in inner(v)] if isinstance(value, tuple | list) else []
-
-    def count(jaxpr):
-        total = 0
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == 'dot_general':
-                (contracted, _), _ = equation.params['dimension_numbers']
-                left = equation.invars[0].aval.shape
-                total += (
-                    2
-                    * product(equation.outvars[0].aval.shape)
-                    * product(left[i] for i in contracted)
-                )
-            times = equation.params.get('length', 1) if equation.primitive.name == 'scan' else 1
-            total += times * sum(count(j) for v in equation.params.values() for j in inner(v))
-        return total
-
-    return count(jax.make_jaxpr(function)(*args).jaxpr)
-
-
 def train_step(config, base, batch) -> dict:
     """The loss and its gradient on one microbatch: seconds, matrix GFLOP, and the bytes of all
     arguments, results and intermediate values."""
@@ -94,6 +58,7 @@ def train_step(config, base, batch) -> dict:
     import jax
 
     from hyperlora import meta_learning
+    from hyperlora.costs import matmul_flops
 
     learner = meta_learning.make_learner(config, base, 1)
     params = jax.jit(lambda f: nn.unbox(learner.hypernetwork.init(jax.random.key(0), f)))(
@@ -123,6 +88,7 @@ def internalise(config, base, tokens: int) -> dict:
     import jax.numpy as jnp
 
     from hyperlora import hypernetwork
+    from hyperlora.costs import matmul_flops
 
     built = hypernetwork.build(config.hypernetwork, base)
     params = jax.jit(lambda f: nn.unbox(built.init(jax.random.key(0), f)))(base.params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from hyperlora import lora
@@ -66,4 +66,5 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
         }
         return {name: filled.get(name, x) for name, x in params.items()}
 
-    return Hypernetwork(module, embedder, encode, {'embedding': jnp.zeros((1, width))}, start)
+    example = {'embedding': np.zeros((1, width), np.float32)}
+    return Hypernetwork(module, embedder, encode, example, start)

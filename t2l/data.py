@@ -136,6 +136,15 @@ def pack(
     return row
 
 
+def example(
+    config: ConfigDict, base: BaseModel, encoder: Embedder | BaseModel
+) -> dict[str, dict[str, np.ndarray]]:
+    """A group, all alike in shape; see `data.abstract`."""
+    width = encoder.width if isinstance(encoder, Embedder) else 1
+    context = {'embedding': np.zeros((1, width), np.float32), 'task': np.zeros(1, np.int32)}
+    return {'context': context, 'query': pack((), config.row_tokens, config.row_labels)}
+
+
 def build(
     config: ConfigDict,
     base: BaseModel,

@@ -103,6 +103,12 @@ class Targets:
         return {'context': context, 'target': target}
 
 
+def example(config: ConfigDict, base: BaseModel, encoder: Embedder) -> dict[str, dict[str, Any]]:
+    """One pair, all alike in shape; see `data.abstract`."""
+    embeddings = [np.zeros((1, encoder.width), np.float32)]
+    return Targets(trained.read(config.loras)[1], embeddings, config.z_score, 0, 1)[0]
+
+
 def build(
     config: ConfigDict, base: BaseModel, encoder: Embedder, seed: int, groups_per_step: int
 ) -> Targets:

@@ -113,6 +113,22 @@ def test_accumulated_microbatches_are_one_batch(tiny):
     )
 
 
+def test_rematerialisation_changes_nothing(tiny):
+    config = tiny_training()
+    batch = batch_of(config, tiny, groups=1, accumulate=1)
+    learner, state = learner_and_state(config, tiny, 1)
+    wanted, metrics = gradient_step(learner, state, tiny, batch)
+    plain = jax.make_jaxpr(learner.step)(state, both(tiny.params), batch)
+    config.remat = config.hypernetwork.shape.remat = 'full'
+    learner, same = learner_and_state(config, tiny, 1)
+    assert_identical(value_of(same), value_of(state))
+    ours, our_metrics = gradient_step(learner, state, tiny, batch)
+    assert our_metrics == pytest.approx(metrics, rel=1e-5)
+    assert_close(ours, wanted, 1e-5)
+    again = jax.make_jaxpr(learner.step)(state, both(tiny.params), batch)
+    assert 'remat' not in str(plain) and 'remat' in str(again)
+
+
 def test_only_the_hypernetwork_trains(tiny):
     config = tiny_training()
     learner = meta_learning.make_learner(config, tiny, 1)

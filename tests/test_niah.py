@@ -327,7 +327,8 @@ def test_configs_are_complete(variant):
 def test_published_settings(variant, early_exit):
     config = d2l_niah.get_config(variant)
     [stage] = config.data.stages
-    assert stage['contexts'] * stage['steps'] == 640_000
+    rows = config.mesh.data * config.mesh.fsdp * config.groups * config.accumulate
+    assert rows * stage['contexts'] * stage['steps'] == 640_000
     assert stage['tokens'] == (32, 256) and stage['question'] == niah.QUESTION
     assert config.hypernetwork.encoder.num_layers == early_exit
     assert config.hypernetwork.shape.rank == 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import grain
@@ -15,13 +16,14 @@ from ml_collections import ConfigDict
 from hyperlora.errors import UserError
 from hyperlora.models.base import BaseModel
 
-# By config.name: a function (config, base, encoder, seed, groups per step) -> random-access source.
-# Its item is a group, one packed row: {'context', 'query' or 'target'} of arrays `[rows, ...]`. It
-# depends on (seed, index) alone, and shapes are the same within a step.
-_BUILDERS = {
-    'niah': 'd2l.niah:build',
-    'reconstruction': 't2l.reconstruction:build',
-    'tasks': 't2l.data:build',
+# Each has `build`: (config, base, encoder, seed, groups per step) -> random-access source. Its item
+# is a group, one packed row: {'context', 'query' or 'target'} of arrays `[rows, ...]`. It follows
+# from (seed, index) alone, and shapes are the same within a step. And `example`: (config, base,
+# encoder) -> one of the largest groups, its labels made up.
+_MODULES = {
+    'niah': 'd2l.niah',
+    'reconstruction': 't2l.reconstruction',
+    'tasks': 't2l.data',
 }
 
 
@@ -84,11 +86,27 @@ def build(
     Raises:
       UserError: no data set of that name.
     """
-    if config.name not in _BUILDERS:
-        raise UserError(f'unknown data {config.name!r}; known: {", ".join(_BUILDERS)}')
-    module, function = _BUILDERS[config.name].split(':')
-    source = getattr(importlib.import_module(module), function)(
-        config, base, encoder, seed, groups * accumulate
-    )
+    source = _module(config).build(config, base, encoder, seed, groups * accumulate)
     own = range(groups) if own is None else own
     return grain.MapDataset.source(Steps(source, groups, accumulate, own))
+
+
+def abstract(
+    config: ConfigDict, base: BaseModel, encoder: Any, groups: int, accumulate: int
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """The shapes of the largest batch of the data set; arguments and errors as for `build`.
+
+    Neither texts nor weights are read, but for the tokenizers of `base` and `encoder`.
+    """
+    example = _module(config).example(config, base, encoder)
+
+    def leaf(x):
+        return jax.ShapeDtypeStruct((accumulate, groups * x.shape[0], *x.shape[1:]), x.dtype)
+
+    return jax.tree.map(leaf, example)
+
+
+def _module(config: ConfigDict) -> ModuleType:
+    if config.name not in _MODULES:
+        raise UserError(f'unknown data {config.name!r}; known: {", ".join(_MODULES)}')
+    return importlib.import_module(_MODULES[config.name])

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from hyperlora import sharding
 from hyperlora.errors import UserError
-from hyperlora.models import families, vision, weights
+from hyperlora.models import families, published, vision, weights
 from hyperlora.models.decoder import Decoder
 from hyperlora.models.families import DecoderConfig
 from hyperlora.models.images import ImageProcessor
@@ -38,6 +39,11 @@ class BaseModel:
     params: dict
     tokenizer: Tokenizer
     fingerprint: str
+
+    @property
+    def abstract(self) -> bool:
+        """Whether it is the shapes of a model; see `abstract_base`."""
+        return isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct)
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,45 @@ def load_base(
         tokenizer = Tokenizer.from_gguf(weights.read_gguf(_locate(name))[0])
     config, params, fingerprint = load_params(name, dtype, mesh, quantization)
     return BaseModel(name, config, params, tokenizer, fingerprint)
+
+
+def abstract_base(
+    name: str,
+    dtype: DTypeLike,
+    mesh: jax.sharding.Mesh,
+    quantization: str = 'none',
+) -> BaseModel:
+    """A base model of which the parameters are shapes and places: to compile for, not to run.
+
+    Args:
+      name: as for `load_base`, or a key of `published.MODELS`, which needs no files (its tokenizer
+        is a stand-in then).
+      dtype, mesh, quantization: as for `load_base`.
+
+    Raises:
+      UserError: the name is unknown or its files are not those of a supported model.
+    """
+    if quantization not in KINDS:
+        raise UserError(f'unknown quantization {quantization!r}; known: {", ".join(KINDS)}')
+    if name in published.MODELS:
+        config = families.from_hf(published.MODELS[name].config)
+        tokenizer = published.WordTokenizer()
+    elif (Path(name) / 'config.json').is_file():
+        config = families.from_hf(read_json(Path(name) / 'config.json'))
+        tokenizer = Tokenizer.from_hf(name)
+    else:
+        fields, tensors = weights.read_gguf(_locate(name))
+        config, tokenizer = weights.gguf_config(fields, tensors), Tokenizer.from_gguf(fields)
+
+    def place(path, leaf, sharding):
+        leaf = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding)
+        path = jax.tree_util.keystr(path, simple=True, separator='/')
+        return leaf if quantization == 'none' else quantize(path, leaf, quantization)
+
+    params = jax.tree_util.tree_map_with_path(
+        place, nn.unbox(_abstract_params(config)), shardings(config, mesh)
+    )
+    return BaseModel(name, config, params, tokenizer, 'abstract')
 
 
 def load_encoder(
@@ -168,6 +213,11 @@ def shardings(config: DecoderConfig | MultimodalConfig, mesh: jax.sharding.Mesh 
     """Where the parameters of a model live on a mesh; None without one."""
     if mesh is None:
         return None
+    return sharding.shardings(_abstract_params(config), mesh)
+
+
+def _abstract_params(config: DecoderConfig | MultimodalConfig) -> Any:
+    """Shapes of the parameters of a model, boxed with their logical axis names."""
     boxed = {}
     if isinstance(config, MultimodalConfig):
         size = config.vision.image_size
@@ -177,7 +227,7 @@ def shardings(config: DecoderConfig | MultimodalConfig, mesh: jax.sharding.Mesh 
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     init = Decoder(config).init
     decoder = jax.eval_shape(lambda t: init(jax.random.key(0), t, method='init_all'), tokens)
-    return sharding.shardings(boxed | decoder['params'], mesh)
+    return boxed | decoder['params']
 
 
 def hf_config(base: BaseModel) -> Mapping[str, Any]:
@@ -210,6 +260,12 @@ def read_json(path: Path) -> dict:
 def _locate(name: str) -> Path:
     if name.endswith('.gguf'):
         return Path(name)
+    if name in published.MODELS:
+        raise UserError(
+            f'only the shape of {name} is known here, not its weights: download '
+            f'{published.MODELS[name].repository} from Hugging Face and give its folder as '
+            '--config.base'
+        )
     if name not in _PACKAGED:
         known = ', '.join(_PACKAGED)
         raise UserError(

@@ -16,7 +16,7 @@ import tokenizers
 from absl import logging
 
 from hyperlora.errors import UserError
-from hyperlora.models import encoders, families, weights
+from hyperlora.models import encoders, families, published, weights
 from hyperlora.models.base import BaseModel, load_base, read_json
 from hyperlora.models.decoder import Decoder
 from hyperlora.models.encoders import Encoder, EncoderConfig
@@ -171,7 +171,8 @@ def load_embedder(name: str = 'minilm', base: BaseModel | None = None) -> Embedd
         or GTE) or of a decoder that `load_base` reads. How the hidden states of a folder are pooled
         is what its files for sentence-transformers say; if there are none, GTE takes the first,
         other encoders the mean and decoders the last.
-      base: the base model.
+      base: the base model. If that is abstract, the embedder may be a key of `published.MODELS`,
+        and abstract as well.
 
     Raises:
       UserError: the name is unknown, its package is not installed, there is no base model, or the
@@ -181,6 +182,8 @@ def load_embedder(name: str = 'minilm', base: BaseModel | None = None) -> Embedd
         if base is None:
             raise UserError('the embedder "base" is the base model, but none is given')
         return _of_base(name, base, 'last', base.config.max_length)
+    if name in published.MODELS and base is not None and base.abstract:
+        return _abstract(name)
     directory = _locate(name)
     modules = _modules(directory)
     folder = directory / modules['Transformer']
@@ -208,6 +211,20 @@ def load_embedder(name: str = 'minilm', base: BaseModel | None = None) -> Embedd
     )
 
 
+def _abstract(name: str) -> Embedder:
+    config = encoders.from_hf(published.MODELS[name].config)
+    example = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    return Embedder(
+        name=name,
+        config=config,
+        params=jax.eval_shape(Encoder(config).init, jax.random.key(0), *example)['params'],
+        pooling='cls',
+        max_length=config.max_length,
+        encode=published.WordTokenizer().encode,
+        fingerprint='abstract',
+    )
+
+
 def _of_base(name: str, base: BaseModel, pooling: str, max_length: int) -> Embedder:
     return Embedder(
         name=name,
@@ -224,7 +241,10 @@ def _locate(name: str) -> Path:
     if name not in _PACKAGED:
         if not Path(name).is_dir():
             known = ', '.join((*_PACKAGED, 'base'))
-            raise UserError(f'unknown embedder {name!r}: give {known} or a Hugging Face folder')
+            raise UserError(
+                f'unknown embedder {name!r}: give {known} or a Hugging Face folder'
+                + (f' (download {name})' if name in published.MODELS else '')
+            )
         return Path(name)
     package, install = _PACKAGED[name]
     spec = importlib.util.find_spec(package)  # not imported: the folder is all we want

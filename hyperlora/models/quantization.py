@@ -33,13 +33,14 @@ def quantize(path: str, array: jax.Array, kind: str) -> jax.Array | qwix.QArray:
 
     Args:
       path: e.g. 'layers/mlp/up_proj/kernel'.
+      array: its values, or its shape and place alone, as the result then is.
       kind: a key of `KINDS`.
 
     Raises:
       UserError: int4, and the input width is no multiple of 32.
     """
     if path.endswith('embedding'):
-        return _quantize(array, jnp.int8, (0,), None, array.sharding)
+        return _convert(array, jnp.int8, (0,), None)
     if not (path.startswith('layers/') and path.endswith('kernel')):
         return array
     qtype, block = KINDS[kind]
@@ -48,7 +49,19 @@ def quantize(path: str, array: jax.Array, kind: str) -> jax.Array | qwix.QArray:
             f'{kind} needs input widths that are multiples of {block}, not {array.shape[1]} '
             f'({path}); use int8'
         )
-    return _quantize(array, qtype, (0, 2), block, array.sharding)
+    return _convert(array, qtype, (0, 2), block)
+
+
+def _convert(array, *settings):
+    if not isinstance(array, jax.ShapeDtypeStruct):
+        return _quantize(array, *settings, array.sharding)
+    quantized = jax.eval_shape(lambda x: _quantize(x, *settings, None), array)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=_place(x.shape, array.shape, array.sharding)
+        ),
+        quantized,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -62,14 +75,20 @@ def _quantize(array, qtype, channelwise_axes, block, sharding):
     )
     if not isinstance(sharding, NamedSharding):
         return quantized
-    parts = [n // m for n, m in zip(array.shape, sharding.shard_shape(array.shape), strict=True)]
+    return jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(x, _place(x.shape, array.shape, sharding)),
+        quantized,
+    )
 
-    def place(x):  # as the array, but whole along an axis that cannot be divided so
-        split = zip(sharding.spec, x.shape, parts, strict=False)
-        spec = PartitionSpec(*(axis if n % k == 0 else None for axis, n, k in split))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
 
-    return jax.tree.map(place, quantized)
+def _place(
+    shape: tuple[int, ...], whole: tuple[int, ...], sharding: NamedSharding
+) -> NamedSharding:
+    """As the array of shape `whole`, but undivided along an axis that cannot be divided so."""
+    parts = [n // m for n, m in zip(whole, sharding.shard_shape(whole), strict=True)]
+    split = zip(sharding.spec, shape, parts, strict=False)
+    spec = PartitionSpec(*(axis if n % k == 0 else None for axis, n, k in split))
+    return NamedSharding(sharding.mesh, spec)
 
 
 def product(
