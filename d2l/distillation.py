@@ -31,9 +31,8 @@ _ASK = (
     'Write {count} questions that are answered by the text above. Ask about its names, numbers and '
     'facts. Each question must be understood without the text. One question per line.'
 )
-_QUESTION = re.compile(
-    r'^\W*(?:\d+\W+)?(?:Question\W+(?:\d+\W+)?)?(\w[^?\n]{8,200}\?)', re.MULTILINE
-)
+# A line up to its question mark, without a number or the word Question before it.
+_QUESTION = re.compile(r'^\W*(?:Question\W+)?(?:\d+\W+)?(\w[^?\n]{8,200}\?)', re.MULTILINE)
 
 
 class Teacher:
@@ -98,7 +97,7 @@ class Teacher:
         answers: Sequence[Sequence[int]],
         entries: int,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each answer the most likely tokens at its places: ids and log-probabilities `[k, t]`."""
+        """The likeliest tokens at the places of each answer: ids and log-probabilities, `[k, t]`."""
         longest = bucket(max(map(len, answers)), 16)
 
         def run(tokens, indices):

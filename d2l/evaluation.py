@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from d2l import haystacks
 from d2l.internalize import Answerer, Internalizer, Question
 from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
+from d2l.prompts import in_context_prompt
 from hyperlora import trained
 from hyperlora.errors import UserError
 from hyperlora.evaluation import plots, record

@@ -12,6 +12,7 @@ from hyperlora.errors import UserError
 from hyperlora.models.base import BaseModel
 
 _BUILDERS = {
+    'documents': 'd2l.docs:build',
     'niah': 'd2l.niah:build',
     'reconstruction': 't2l.reconstruction:build',
     'tasks': 't2l.data:build',
