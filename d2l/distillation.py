@@ -97,7 +97,7 @@ class Teacher:
         answers: Sequence[Sequence[int]],
         entries: int,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The likeliest tokens at the places of each answer: ids and log-probabilities, `[k, t]`."""
+        """The likeliest tokens at the places of each answer: ids, log-probabilities `[k, t]`."""
         longest = bucket(max(map(len, answers)), 16)
 
         def run(tokens, indices):

@@ -32,9 +32,10 @@ class DocumentGroups:
         """
         Args:
           config: `context_tokens`, the upper ends of the buckets of length: longer documents are
-            cut; `contexts`, `queries`, `query_tokens`, `answer_tokens` of a group: longer questions
-            are left out; `chunks`, the odds of splitting a document into 1, 2, ... chunks; `teacher`:
-            `stored`, or `online` if it is asked in the training step.
+            cut; `contexts` of a group and `queries` of a context; `query_tokens`, `answer_tokens`,
+            `teacher_tokens`: longer questions are left out; `chunks`, the odds of splitting a
+            document into 1, 2, ... chunks; `teacher`: `stored`, or `online` if it is asked in the
+            training step.
 
         Raises:
           UserError: no documents, or records without the opinion of a teacher.
