@@ -56,7 +56,7 @@ class Record:
     teacher_prompts: tuple[np.ndarray, ...]
 
     def to_bytes(self) -> bytes:
-        """An .npz of flat arrays: nothing that unpickles. Log-probabilities are kept as f16."""
+        """An .npz of flat arrays: nothing that unpickles."""
 
         def flat(arrays: Sequence[np.ndarray], dtype=np.int32) -> np.ndarray:
             return np.concatenate(arrays).astype(dtype)
@@ -78,7 +78,7 @@ class Record:
         if self.queries[0].teacher_ids is not None:
             arrays['teacher_ids'] = flat([q.teacher_ids for q in self.queries])
             arrays['teacher_log_probs'] = flat(
-                [q.teacher_log_probs for q in self.queries], np.float16
+                [q.teacher_log_probs for q in self.queries], np.float32
             )
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
@@ -100,7 +100,7 @@ class Record:
             ids = log_probs = [None] * len(answers)
             if 'teacher_ids' in arrays:
                 ids = np.split(arrays['teacher_ids'], cuts[1])
-                log_probs = np.split(arrays['teacher_log_probs'].astype(np.float32), cuts[1])
+                log_probs = np.split(arrays['teacher_log_probs'], cuts[1])
             return cls(
                 arrays['name'].tobytes().decode(),
                 arrays['context'],

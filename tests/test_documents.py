@@ -2,11 +2,12 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_base
+from conftest import tiny_base, tiny_training
 from ml_collections import ConfigDict
 
 from d2l import distillation, documents, records
@@ -14,7 +15,7 @@ from d2l.distillation import Settings, Teacher
 from d2l.docs import DocumentGroups
 from d2l.documents import Document, Question
 from d2l.records import Query, Record, Records
-from hyperlora import sharding
+from hyperlora import meta_learning, objectives, sharding
 from hyperlora.errors import UserError
 from hyperlora.generation import answer, top_log_probs
 from hyperlora.models.decoder import Decoder
@@ -124,7 +125,7 @@ def record(name='a', length=5, queries=2, entries=3):
         opinion = (None, None)
         if entries:
             ids = rng.integers(0, 128, (size, entries), np.int32)
-            opinion = ids, -rng.random((size, entries)).astype(np.float16).astype(np.float32)
+            opinion = ids, -rng.random((size, entries)).astype(np.float32)
         return Query(np.arange(3 + i), rng.integers(32, 120, size), *opinion)
 
     own = tuple(query(i) for i in range(queries))
@@ -336,6 +337,38 @@ def test_records_that_do_not_serve(tmp_path):
         DocumentGroups(source, CONFIG, 0, 1)
     with pytest.raises(UserError, match='stored. or .online'):
         DocumentGroups(source, ConfigDict({**CONFIG, 'teacher': 'none'}), 0, 1)
+
+
+def test_online_and_stored_teacher_agree(teacher, tmp_path):
+    """Loss and gradient are the same, whether the teacher was asked before or is asked now."""
+    base = teacher.base
+    sources = [
+        Document(f'{n}', 'abc def ' * n, (Question('Who?', ('Ann',)), Question('Why?', ('So',))))
+        for n in (2, 3, 4)
+    ]
+    settings = Settings(answers='given', entries=objectives.TEACHER_ENTRIES)
+    made = distillation.records(teacher, base.tokenizer, sources, settings)
+    records.write_shard(records.shard_path(tmp_path, 0, 1), made, {'base_fingerprint': 'x'})
+    config = tiny_training()
+    config.objective = ConfigDict({'name': 'top_k_distillation'})
+    learner = meta_learning.make_learner(config, base, 1)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
+        nn.unbox(learner.hypernetwork.init(jax.random.key(0), base.params)),
+    )
+    frozen = {'base': base.params, 'encoder': base.params}
+    gradient = jax.jit(jax.value_and_grad(learner.loss, has_aux=True))
+    found = []
+    for kind in ('stored', 'online'):
+        data = ConfigDict({**CONFIG, 'teacher': kind, 'query_tokens': 16, 'teacher_tokens': 64})
+        batch = DocumentGroups(Records(tmp_path), data, 0, 1)[0]
+        assert ('teacher' in batch) == (kind == 'online')
+        (total, sums), grads = gradient(params, frozen, batch)
+        assert float(sums['loss'][1]) == pytest.approx(2)  # contexts
+        found.append((total, grads))
+    assert float(found[0][0]) > 0.1
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *found)
 
 
 def test_entries_of_the_top(teacher):
