@@ -16,6 +16,7 @@ import io
 import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Iterable, Sequence
 
 import grain
@@ -107,7 +108,7 @@ class Record:
                 tuple(map(Query, prompts, answers, ids, log_probs)),
                 tuple(np.split(arrays['teacher_prompts'], cuts[2])),
             )
-        except (KeyError, ValueError, OSError, IndexError) as error:
+        except (KeyError, ValueError, OSError, IndexError, zipfile.BadZipFile) as error:
             raise UserError(f'not a record of a document ({error})') from error
 
 

@@ -232,6 +232,7 @@ def test_questions_are_found_in_what_the_teacher_writes(teacher, monkeypatch):
     monkeypatch.setattr(
         Teacher, 'answer', lambda self, prompts, limit: [np.asarray([*text.encode(), 3])]
     )
+    monkeypatch.setattr(distillation, '_ASK', 'Ask {count}.')  # the window is small
     (found,) = distillation.ask(teacher, [Document('a', 'text')], 5)
     assert [q.text for q in found.questions] == [
         'Who sings the song?',
