@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from d2l import haystacks
 from d2l.internalize import Answerer, Internalizer, Question
 from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
+from d2l.prompts import in_context_prompt
 from hyperlora import trained
 from hyperlora.errors import UserError
 from hyperlora.evaluation import plots, record
@@ -38,33 +39,6 @@ def right_number(answer: str, number: str) -> bool:
 
 
 SCORES = exact_match, right_number
-
-
-def in_context_prompt(
-    base: BaseModel, document: Sequence[int], question: str, max_new_tokens: int
-) -> list[int]:
-    """The prompt with the document in it, as much of its beginning as fits into the window.
-
-    Args:
-      document: tokens of the document.
-      max_new_tokens: room to leave for the answer, in tokens.
-
-    Raises:
-      UserError: the question alone does not fit.
-    """
-    room = base.config.max_length - max_new_tokens
-    tail = '\n\n' + question
-    kept = min(len(document), room)
-    # Tokens may merge differently next to the question, so what fits is measured.
-    while kept >= 0:
-        prompt = base.tokenizer.prompt(base.tokenizer.decode(document[:kept]) + tail)
-        if len(prompt) <= room:
-            return prompt
-        kept -= len(prompt) - room
-    raise UserError(
-        f'the question does not fit into the window of {base.config.max_length} tokens '
-        f'of {base.name}; shorten it'
-    )
 
 
 def answer_in_context(

@@ -120,3 +120,34 @@ def answer(
         base.tokenizer.decode(row[: np.argmax(row == eos_id)] if eos_id in row else row)
         for row in np.asarray(out)
     ]
+
+
+@functools.partial(jax.jit, static_argnames=('decoder', 'entries'))
+def top_log_probs(
+    decoder: Decoder,
+    params: Any,
+    tokens: jax.Array,
+    label_positions: jax.Array,
+    entries: int,
+    lora: Lora | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The most likely tokens at some places, as a teacher's opinion.
+
+    Args:
+      tokens: `[b, s]` int32, padded to the right.
+      label_positions: `[b, k]`, of the hidden state that predicts each label.
+      entries: t, how many tokens.
+      lora: LoRA whose rows divide b, or None.
+
+    Returns:
+      ids `[b, k, t]` int32 and their log-probabilities under the whole distribution, f32.
+    """
+    hidden = decoder.apply({'params': params}, tokens, lora=lora).hidden
+    hidden = jnp.take_along_axis(hidden, label_positions[..., None], 1)
+
+    def row(hidden):  # at a time: the logits of a vocabulary are large
+        logits = decoder.apply({'params': params}, hidden, method='unembed')
+        return jax.lax.top_k(jax.nn.log_softmax(logits), entries)
+
+    log_probs, ids = jax.lax.map(row, hidden)
+    return ids, log_probs

@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 from hyperlora import data, hosts, hypernetwork, lora, objectives, sharding, trained
 from hyperlora.checkpointing import Checkpointer, check_meta, check_models
 from hyperlora.errors import UserError
+from hyperlora.generation import top_log_probs
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.lora import Lora
 from hyperlora.metrics import MetricWriter, Progress
@@ -122,9 +123,14 @@ class Learner:
           batch: `context`, what the hypernetwork's encoder takes, of `[g * n, ...]`;
             `query`: tokens `[b, t]`, labels, label_positions (of the hidden state that predicts
             each) and label_weights `[b, k]`, chunk_weights `[b, n]`; positions and segments
-            `[b, t]` if rows are packed. For reconstruction `target` instead, the LoRAs to make.
+            `[b, t]` if rows are packed; teacher_ids and teacher_log_probs `[b, k, e]` for
+            distillation. Without those, `teacher`: tokens `[b, T]`, prompts with documents in them
+            and answers, and label_positions `[b, k]`: the frozen model is asked now. For
+            reconstruction `target` instead of a query, the LoRAs to make.
           key: for dropout and noise; None for neither.
         """
+        if 'teacher' in batch:
+            batch = {**batch, 'query': {**batch['query'], **self._teach(frozen, batch['teacher'])}}
         key, noise_key = (None, None) if key is None else jax.random.split(key)
         encoder = frozen.get('encoder', frozen['base'])
         chunks, shared, extra = self.hypernetwork.generate_with_losses(
@@ -133,6 +139,13 @@ class Learner:
         logits_of = functools.partial(self._logits, frozen['base'], noise_key)
         total, sums = self.objective(chunks, shared, batch, logits_of)
         return total + extra * sums['loss'][1], sums
+
+    def _teach(self, frozen: Any, teacher: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The opinion of the frozen model on the labels, where the documents are in its prompt."""
+        ids, log_probs = top_log_probs(
+            self.decoder, frozen['base'], **teacher, entries=objectives.TEACHER_ENTRIES
+        )
+        return {'teacher_ids': ids, 'teacher_log_probs': jax.lax.stop_gradient(log_probs)}
 
     def _logits(
         self,

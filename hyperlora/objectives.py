@@ -24,6 +24,8 @@ from ml_collections import ConfigDict
 from hyperlora.errors import UserError
 from hyperlora.lora import Lora, LoraPair
 
+TEACHER_ENTRIES = 16  # of a teacher's distribution, which distillation keeps
+
 # Name of a metric -> (sum, weight).
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 

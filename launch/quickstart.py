@@ -48,8 +48,8 @@ def compare(model, document, question, max_new_tokens):
     """
     import jax
 
-    from d2l.evaluation import in_context_prompt
     from d2l.internalize import Internalizer
+    from d2l.prompts import in_context_prompt
     from hyperlora.generation import answer
 
     base = model.base

@@ -17,7 +17,7 @@ from test_reconstruction import write_table
 
 from configs import d2l_niah
 from configs import t2l as t2l_config
-from d2l import evaluation, haystacks
+from d2l import evaluation, haystacks, prompts
 from d2l.internalize import Internalizer
 from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
 from hyperlora import adapters, checkpointing, generation, hypernetwork, meta_learning, trained
@@ -555,7 +555,7 @@ def test_an_interrupted_evaluation_continues(command, checkpoint, base, tmp_path
 
 def test_long_documents_are_cut_to_the_window(base):
     document = base.tokenizer.encode(DOCUMENT * 40)
-    prompt = evaluation.in_context_prompt(base, document, QUESTION, 8)
+    prompt = prompts.in_context_prompt(base, document, QUESTION, 8)
     room = base.config.max_length - 8
     assert room - 4 <= len(prompt) <= room
     assert base.tokenizer.decode(prompt).count(QUESTION) == 1

@@ -21,6 +21,7 @@ from hyperlora.models.base import BaseModel
 # from (seed, index) alone, and shapes are the same within a step. And `example`: (config, base,
 # encoder) -> one of the largest groups, its labels made up.
 _MODULES = {
+    'documents': 'd2l.docs',
     'niah': 'd2l.niah',
     'reconstruction': 't2l.reconstruction',
     'tasks': 't2l.data',

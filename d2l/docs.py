@@ -1,0 +1,190 @@
+"""Training data of documents: contexts, questions about them, and the teacher's opinion.
+
+Axes: c contexts of a group, n chunks, s chunk tokens, b queries, t query tokens, k labels, e the
+teacher's top entries.
+
+Source: Doc-to-LoRA (arXiv 2602.15902), section 3.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from d2l import chunking
+from d2l.records import Query, Record, Records
+from hyperlora.errors import UserError
+from hyperlora.models.base import BaseModel
+from hyperlora.objectives import TEACHER_ENTRIES
+
+
+class DocumentGroups:
+    """Random-access source of groups; every array follows from (seed, index).
+
+    A group is a packed row: `contexts` documents, each with `queries` questions. All groups of a
+    step hold documents of one bucket of length, split into the same number of chunks, so that
+    shapes are few. Documents are drawn anew for each group: there is no epoch.
+    """
+
+    def __init__(self, records: Records, config: ConfigDict, seed: int, groups_per_step: int):
+        """
+        Args:
+          config: `context_tokens`, the upper ends of the buckets of length: longer documents are
+            cut; `contexts` of a group and `queries` of a context; `query_tokens`, `answer_tokens`,
+            `teacher_tokens`: longer questions are left out; `chunks`, the odds of splitting a
+            document into 1, 2, ... chunks; `teacher`: `stored`, or `online` if it is asked in the
+            training step.
+
+        Raises:
+          UserError: no documents, or records without the opinion of a teacher.
+        """
+        self.records, self.config = records, config
+        self.seed, self.groups_per_step = seed, groups_per_step
+        if config.teacher not in ('stored', 'online'):
+            raise UserError(f"teacher must be 'stored' or 'online', not {config.teacher!r}")
+        ends = np.asarray(config.context_tokens)
+        buckets = np.minimum(np.searchsorted(ends, records.lengths), len(ends) - 1)
+        self.buckets = [np.flatnonzero(buckets == i) for i in range(len(ends))]
+        if not len(records):
+            raise UserError('the records hold no document')
+        if config.teacher == 'stored' and records[0].queries[0].teacher_ids is None:
+            raise UserError(
+                'the records hold no log-probabilities: make them with settings.entries, or train '
+                "with data.teacher='online'"
+            )
+
+    def __len__(self) -> int:
+        return self.config.steps * self.groups_per_step
+
+    def __getitem__(self, index: int) -> dict[str, dict[str, np.ndarray]]:
+        """One group: `context` {tokens, mask `[n, s]`}, `query` (see `Learner.loss`) with the
+        teacher's ids and log-probabilities `[b, k, e]`, or `teacher` {tokens `[b, T]`,
+        label_positions `[b, k]`}."""
+        c = self.config
+        step = index // self.groups_per_step
+        shape_rng = np.random.default_rng((self.seed, 0, step))
+        rng = np.random.default_rng((self.seed, 1, index))
+        sizes = np.asarray([len(bucket) for bucket in self.buckets])
+        bucket = int(shape_rng.choice(len(sizes), p=sizes / sizes.sum()))
+        odds = np.asarray(c.chunks)
+        parts = 1 + int(shape_rng.choice(len(odds), p=odds / odds.sum()))
+        documents = [
+            self.records[i] for i in rng.choice(self.buckets[bucket], c.contexts, replace=True)
+        ]
+        longest = c.context_tokens[bucket]
+        length = -(-longest // parts)
+        chunks = [
+            part
+            for document in documents
+            for part in _split(rng, document.context[:longest], parts, length)
+        ]
+        tokens, mask = chunking.pad(chunks, length)
+        own = np.repeat(np.eye(c.contexts, dtype=np.float32), parts, axis=1) * mask.any(1)
+        rows = [self._queries(rng, document) for document in documents]
+        query = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
+        query['chunk_weights'] = np.repeat(own, c.queries, axis=0)
+        return _item({'tokens': tokens, 'mask': mask}, query)
+
+    def _queries(self, rng: np.random.Generator, document: Record) -> dict[str, np.ndarray]:
+        """The rows of a document's questions; each context weighs 1 in all, whatever it has."""
+        c = self.config
+        fit = [
+            i
+            for i, query in enumerate(document.queries)
+            if len(query.prompt) + len(query.answer) - 1 <= c.query_tokens
+            and len(query.answer) <= c.answer_tokens
+            and len(document.teacher_prompts[i]) + len(query.answer) - 1 <= c.teacher_tokens
+        ]
+        chosen = rng.permutation(fit)[: c.queries]
+        stored = c.teacher == 'stored'
+        entries = document.queries[0].teacher_ids.shape[-1] if stored else 0
+        rows = _rows(c, c.queries, entries)
+        for row, number in enumerate(chosen):
+            query: Query = document.queries[number]
+            count, start = len(query.answer), len(query.prompt)
+            text = np.concatenate([query.prompt, query.answer[:-1]])
+            rows['tokens'][row, : len(text)] = text
+            rows['labels'][row, :count] = query.answer
+            rows['label_positions'][row, :count] = start - 1 + np.arange(count)
+            rows['label_weights'][row, :count] = 1 / (count * len(chosen))
+            if stored:
+                rows['teacher_ids'][row, :count] = query.teacher_ids
+                rows['teacher_log_probs'][row, :count] = query.teacher_log_probs
+            else:
+                prompt = document.teacher_prompts[number]
+                text = np.concatenate([prompt, query.answer[:-1]])
+                rows['teacher_tokens'][row, : len(text)] = text
+                rows['teacher_label_positions'][row, :count] = len(prompt) - 1 + np.arange(count)
+        return rows
+
+
+def _split(
+    rng: np.random.Generator, tokens: np.ndarray, parts: int, length: int
+) -> list[np.ndarray]:
+    """Tokens in `parts` pieces of at most `length`, cut at random (some may be empty)."""
+    pieces = []
+    for left in range(parts - 1, -1, -1):
+        least = max(len(tokens) - left * length, 0)
+        most = min(length, len(tokens))
+        cut = int(rng.integers(least, most + 1)) if left else len(tokens)
+        pieces.append(tokens[:cut])
+        tokens = tokens[cut:]
+    return pieces
+
+
+def example(config: ConfigDict, base: BaseModel, encoder: BaseModel) -> dict[str, dict[str, Any]]:
+    """A group of the longest documents in the most chunks; see `data.abstract`."""
+    parts = len(config.chunks)
+    chunks = config.contexts * parts
+    shape = (chunks, -(-config.context_tokens[-1] // parts))
+    rows = _rows(config, config.contexts * config.queries, TEACHER_ENTRIES)
+    weights = np.zeros((config.contexts * config.queries, chunks), np.float32)
+    context = {'tokens': np.zeros(shape, np.int32), 'mask': np.ones(shape, bool)}
+    return _item(context, {**rows, 'chunk_weights': weights})
+
+
+def build(
+    config: ConfigDict, base: BaseModel, encoder: BaseModel, seed: int, groups_per_step: int
+) -> DocumentGroups:
+    """The groups of a training; see `hyperlora.data`.
+
+    Raises:
+      UserError: records that are unfinished, or made for another base model; see `DocumentGroups`.
+    """
+    records = Records(config.records)
+    made_by = records.meta['base_fingerprint']
+    if made_by != base.fingerprint:
+        raise UserError(
+            f'{config.records} holds answers of the model {made_by}, not of {base.fingerprint} '
+            f'({base.name}): make them with launch.generate_data'
+        )
+    return DocumentGroups(records, config, seed, groups_per_step)
+
+
+def _rows(config: ConfigDict, count: int, entries: int) -> dict[str, np.ndarray]:
+    """Rows without a question, which weigh nothing."""
+    c = config
+    rows = {
+        'tokens': np.zeros((count, c.query_tokens), np.int32),
+        'labels': np.zeros((count, c.answer_tokens), np.int32),
+        'label_positions': np.zeros((count, c.answer_tokens), np.int32),
+        'label_weights': np.zeros((count, c.answer_tokens), np.float32),
+    }
+    if c.teacher == 'stored':
+        shape = (count, c.answer_tokens, entries)
+        rows['teacher_ids'] = np.zeros(shape, np.int32)
+        rows['teacher_log_probs'] = np.full(shape, -1e4, np.float32)
+    else:
+        rows['teacher_tokens'] = np.zeros((count, c.teacher_tokens), np.int32)
+        rows['teacher_label_positions'] = np.zeros((count, c.answer_tokens), np.int32)
+    return rows
+
+
+def _item(context: dict[str, np.ndarray], query: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A group; what an online teacher reads apart."""
+    keys = ('teacher_tokens', 'teacher_label_positions')
+    teacher = {key.removeprefix('teacher_'): query.pop(key) for key in keys if key in query}
+    item = {'context': context, 'query': query}
+    return {**item, 'teacher': teacher} if teacher else item

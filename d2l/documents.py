@@ -1,0 +1,245 @@
+"""Documents with questions, from files of several layouts.
+
+A reader maps a path (or, for `tfds`, a name) to documents. What it finds wrong it names, with file
+and line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from hyperlora.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question and the answers that are accepted; none where they are yet to be generated."""
+
+    text: str
+    answers: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text, and questions about it.
+
+    Attributes:
+      name: unique within its source.
+    """
+
+    name: str
+    text: str
+    questions: tuple[Question, ...] = ()
+
+
+def read_squad(path: str) -> Iterator[Document]:
+    """SQuAD's JSON: data / paragraphs / qas. Each paragraph is a document.
+
+    Raises:
+      UserError: not such a file.
+    """
+    file = pathlib.Path(path).expanduser()
+    try:
+        articles = json.loads(file.read_text(encoding='utf-8'))['data']
+        for article in articles:
+            for number, paragraph in enumerate(article['paragraphs']):
+                name = f'{article.get("title", "untitled")}/{number}'
+                questions = tuple(
+                    Question(qa['question'], tuple(dict.fromkeys(a['text'] for a in qa['answers'])))
+                    for qa in paragraph['qas']
+                    if qa['answers']
+                )
+                yield Document(name, paragraph['context'], questions)
+    except OSError as error:
+        raise UserError(f'{path}: cannot read it ({error.strerror})') from error
+    except json.JSONDecodeError as error:
+        raise UserError(f'{path}:{error.lineno}: not valid JSON ({error.msg})') from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{path}: not in the layout of SQuAD (lacks {error})') from error
+
+
+def read_jsonl(path: str) -> Iterator[Document]:
+    """A JSON object per line.
+
+    Keys: `context` (or `text`, `document`); `questions` (or `prompts`), a list of texts, or
+    `question` (or `input`), one; beside them `answers` (or `responses`), a list for each question,
+    of one text or several; `id` (else the line's number). So do LongBench, ROPES and the raw files
+    of Doc-to-LoRA.
+
+    Raises:
+      UserError: a line that is not such an object, by number.
+    """
+    file = pathlib.Path(path).expanduser()
+    try:
+        lines = file.read_text(encoding='utf-8').splitlines()
+    except OSError as error:
+        raise UserError(f'{path}: cannot read it ({error.strerror})') from error
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: not UTF-8 (bad byte at offset {error.start})') from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f'{path}:{number}: not valid JSON ({error.msg})') from error
+        yield _from_entry(entry, f'{path}:{number}', str(number))
+
+
+def read_parquet(path: str) -> Iterator[Document]:
+    """Parquet with the columns of `read_jsonl`, as Doc-to-LoRA's raw data: context, prompts,
+    responses. `path` may be a pattern such as folder/*level_1*.parquet.
+
+    Raises:
+      UserError: no such file, or other columns.
+    """
+    import pyarrow.parquet  # of the extra `data`
+
+    pattern = pathlib.Path(path).expanduser()
+    files = sorted(pattern.parent.glob(pattern.name))
+    if not files:
+        raise UserError(f'{path}: no such parquet file')
+    for file in files:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise UserError(f'{file}: not a readable parquet file ({error})') from error
+        row = 0
+        for batch in table.iter_batches():
+            for entry in batch.to_pylist():
+                yield _from_entry(entry, f'{file}, row {row}', f'{file.stem}/{row}')
+                row += 1
+
+
+def read_text(path: str, characters: int = 1500) -> Iterator[Document]:
+    """Text files (a file, or all .txt, .md and .rst files of a folder) as passages of whole
+    paragraphs, of about `characters` each; without questions.
+
+    Raises:
+      UserError: nothing there to read.
+    """
+    root = pathlib.Path(path).expanduser()
+    kinds = ('.txt', '.md', '.rst')
+    files = [root] if root.is_file() else sorted(p for p in root.rglob('*') if p.suffix in kinds)
+    if not files:
+        raise UserError(f'{path}: no text file ({", ".join(kinds)}) there')
+    for file in files:
+        text = file.read_text(encoding='utf-8', errors='replace')
+        for number, passage in enumerate(_passages(text, characters)):
+            yield Document(f'{file.relative_to(root.parent)}/{number}', passage)
+
+
+def read_tfds(name: str, split: str = 'train', data_dir: str | None = None) -> Iterator[Document]:
+    """A TFDS data set of contexts, questions and answers: squad, or drop.
+
+    Raises:
+      UserError: not there, or not of that kind.
+    """
+    import tensorflow_datasets as tfds  # slow to import
+
+    try:
+        source = tfds.data_source(name, split=split, data_dir=data_dir)
+    except Exception as error:  # whatever a builder raises where it is not prepared
+        raise UserError(
+            f'cannot read the TFDS data set {name!r}, split {split!r}: {error}'
+        ) from error
+    # Questions about one context follow each other.
+    context, number, questions = None, 0, []
+    for record in source:
+        try:
+            text = (record['context'] if 'context' in record else record['passage']).decode()
+            answers = record['answers']['text'] if 'answers' in record else [record['answer']]
+            question = Question(
+                record['question'].decode(), tuple(dict.fromkeys(a.decode() for a in answers))
+            )
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(f'TFDS {name!r} has no contexts with questions ({error})') from error
+        if context not in (None, text):
+            yield Document(f'{name}/{number}', context, tuple(questions))
+            number, questions = number + 1, []
+        context = text
+        questions.append(question)
+    if context is not None:
+        yield Document(f'{name}/{number}', context, tuple(questions))
+
+
+READERS: dict[str, Callable[..., Iterable[Document]]] = {
+    'squad': read_squad,
+    'jsonl': read_jsonl,
+    'parquet': read_parquet,
+    'text': read_text,
+    'tfds': read_tfds,
+}
+
+
+def read(sources: Iterable[dict[str, Any]]) -> list[Document]:
+    """The documents of sources {reader, and its arguments}, in order.
+
+    Raises:
+      UserError: unknown reader or argument, unreadable files, two documents of one name, an empty
+        document, or no document at all.
+    """
+    found: dict[str, Document] = {}
+    for source in sources:
+        arguments = dict(source)
+        reader = arguments.pop('reader', None)
+        if reader not in READERS:
+            raise UserError(f'unknown reader of documents {reader!r}; known: {", ".join(READERS)}')
+        try:
+            documents = READERS[reader](**arguments)
+        except TypeError as error:
+            raise UserError(f'arguments of the reader {reader!r}: {error}') from error
+        for document in documents:
+            if document.name in found:
+                raise UserError(f'two documents are named {document.name!r}')
+            if not document.text.strip():
+                raise UserError(f'document {document.name!r} is empty')
+            found[document.name] = document
+    if not found:
+        raise UserError('the sources hold no document')
+    return list(found.values())
+
+
+def _first(entry: dict[str, Any], *keys: str) -> Any:
+    return next((entry[key] for key in keys if entry.get(key) is not None), None)
+
+
+def _from_entry(entry: Any, where: str, name: str) -> Document:
+    if not isinstance(entry, dict):
+        raise UserError(f'{where}: not a JSON object')
+    text = _first(entry, 'context', 'text', 'document')
+    questions = _first(entry, 'questions', 'prompts')
+    one = _first(entry, 'question', 'input')
+    answers = _first(entry, 'answers', 'responses')
+    if questions is None:
+        questions = [] if one is None else [one]
+        answers = None if answers is None else [answers]
+    if not isinstance(text, str):
+        raise UserError(f'{where}: no text under context, text or document')
+    if not all(isinstance(question, str) for question in questions):
+        raise UserError(f'{where}: questions must be texts')
+    answers = [()] * len(questions) if answers is None else answers
+    if len(answers) != len(questions):
+        raise UserError(f'{where}: {len(questions)} questions, but {len(answers)} answers')
+    pairs = zip(questions, answers, strict=True)
+    return Document(
+        str(entry.get('id', name)),
+        text,
+        tuple(Question(q, (a,) if isinstance(a, str) else tuple(a)) for q, a in pairs),
+    )
+
+
+def _passages(text: str, characters: int) -> Iterator[str]:
+    passage = ''
+    for paragraph in text.split('\n\n'):
+        paragraph = paragraph.strip()
+        if passage and len(passage) + len(paragraph) > characters:
+            yield passage
+            passage = ''
+        passage = f'{passage}\n\n{paragraph}' if passage else paragraph
+    if passage:
+        yield passage

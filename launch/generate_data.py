@@ -1,0 +1,84 @@
+"""Makes distillation data: documents -> questions -> the model's own answers -> records.
+
+    python -m launch.generate_data --config=configs/documents.py:squad,FILE --output=DIR
+
+Goes on after the last whole file when it was interrupted. Of several processes (`--distributed`)
+each writes files of its own, on its own devices.
+"""
+
+import time
+
+from absl import flags
+from ml_collections import config_flags
+
+from hyperlora.errors import UserError
+from launch import cli, distributed
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Documents.', lock_config=True)
+_OUTPUT = flags.DEFINE_string('output', None, 'Folder of the records.')
+flags.mark_flags_as_required(['config', 'output'])
+
+
+def main(_):
+    with distributed.together():
+        generate()
+
+
+def generate():
+    output = cli.writable_directory(_OUTPUT.value)
+    config = _CONFIG.value
+    import jax
+    import jax.numpy as jnp
+
+    from d2l import distillation, documents, records
+    from hyperlora import sharding
+    from hyperlora.models.base import load_base, load_encoder
+
+    try:
+        settings = distillation.Settings(**config.settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f'settings of the data: {error}') from error
+    found = documents.read([config.source])
+    found = found[: config.limit or None]
+    meta = {'config': {k: v for k, v in config.to_dict().items() if k not in _HARMLESS}}
+    todo = []
+    for shard in range(config.shards):
+        path = records.shard_path(output, shard, config.shards)
+        if not records.is_complete(path):
+            todo.append((shard, path))
+        else:
+            records.check_meta(path, meta)
+    others = set(output.glob('documents-*')) - {
+        records.shard_path(output, shard, config.shards).with_suffix(suffix)
+        for shard in range(config.shards)
+        for suffix in ('.array_record', '.json', '.partial')
+    }
+    if others:
+        raise UserError(f'{output} holds other records ({min(others).name}): use another folder')
+    todo = todo[jax.process_index() :: jax.process_count()]
+    mesh = sharding.make_mesh(config.mesh, jax.local_devices())
+    base = load_base(config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization)
+    tokenizer = base.tokenizer
+    if config.encoder:
+        tokenizer = load_encoder(config.encoder, config.base_dtype, mesh).tokenizer
+    teacher = distillation.Teacher(base, mesh, config.tokens_per_pass)
+    begun, done = time.perf_counter(), 0
+    for number, (shard, path) in enumerate(todo, start=1):
+        own = found[shard :: config.shards]
+        made = distillation.records(teacher, tokenizer, own, settings)
+        kept = records.write_shard(path, made, {**meta, 'base_fingerprint': base.fingerprint})
+        done += len(own)
+        seconds = time.perf_counter() - begun
+        left = seconds / number * (len(todo) - number)
+        print(
+            f'{path.name}: {kept} of {len(own)} documents  {done / seconds:.2f} documents/s  '
+            f'ETA {left / 60:.0f} min',
+            flush=True,
+        )
+
+
+_HARMLESS = ('mesh', 'tokens_per_pass')  # they do not change what is made
+
+
+if __name__ == '__main__':
+    cli.run(main)

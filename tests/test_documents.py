@@ -1,0 +1,388 @@
+"""Documents: readers, records, the teacher, and training data made of them."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_base, tiny_training
+from ml_collections import ConfigDict
+
+from d2l import distillation, docs, documents, records
+from d2l.distillation import Settings, Teacher
+from d2l.docs import DocumentGroups
+from d2l.documents import Document, Question
+from d2l.records import Query, Record, Records
+from hyperlora import meta_learning, objectives, sharding
+from hyperlora.errors import UserError
+from hyperlora.generation import answer, top_log_probs
+from hyperlora.models.decoder import Decoder
+
+# ------------------------------------------------------------------------------------- readers
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_squad(tmp_path):
+    qa = {'question': 'Who?', 'answers': [{'text': 'Ann'}, {'text': 'Ann'}, {'text': 'Ann B.'}]}
+    unanswerable = {'question': 'Why?', 'answers': []}
+    paragraph = {'context': 'Ann B. sings.', 'qas': [qa, unanswerable]}
+    data = {'data': [{'title': 'Song', 'paragraphs': [paragraph, paragraph]}]}
+    found = list(documents.read_squad(write(tmp_path / 'a.json', data)))
+    assert [document.name for document in found] == ['Song/0', 'Song/1']
+    assert found[0] == Document('Song/0', 'Ann B. sings.', (Question('Who?', ('Ann', 'Ann B.')),))
+
+
+def test_jsonl(tmp_path):
+    lines = [
+        {'context': 'One.', 'prompts': ['a?', 'b?'], 'responses': ['x', 'y']},
+        {'text': 'Two.', 'id': 'second', 'question': 'c?', 'answers': ['u', 'v']},
+        {'document': 'Three.'},
+    ]
+    path = write(tmp_path / 'a.jsonl', '\n'.join(map(json.dumps, lines)) + '\n\n')
+    assert list(documents.read_jsonl(path)) == [
+        Document('1', 'One.', (Question('a?', ('x',)), Question('b?', ('y',)))),
+        Document('second', 'Two.', (Question('c?', ('u', 'v')),)),
+        Document('3', 'Three.'),
+    ]
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip('pyarrow.parquet')
+    import pyarrow
+
+    for part, text in enumerate(('One.', 'Two.')):
+        table = pyarrow.table({'context': [text], 'prompts': [['a?']], 'responses': [['x']]})
+        parquet.write_table(table, tmp_path / f'part{part}.parquet')
+    found = list(documents.read_parquet(str(tmp_path / 'part*.parquet')))
+    assert found == [
+        Document(f'part{part}/0', text, (Question('a?', ('x',)),))
+        for part, text in enumerate(('One.', 'Two.'))
+    ]
+    (tmp_path / 'bad.parquet').write_text('no')
+    with pytest.raises(UserError, match='not a readable parquet'):
+        list(documents.read_parquet(str(tmp_path / 'bad.parquet')))
+
+
+def test_text_is_cut_between_paragraphs(tmp_path):
+    paragraphs = [f'{letter} ' * 30 for letter in 'abcdef']
+    write(tmp_path / 'notes.md', '\n\n'.join(paragraphs))
+    write(tmp_path / 'image.png', 'no text')
+    found = list(documents.read_text(str(tmp_path), characters=130))
+    assert [set(document.text.split()) for document in found] == [
+        {'a', 'b'},
+        {'c', 'd'},
+        {'e', 'f'},
+    ]
+
+
+@pytest.mark.parametrize(
+    'reader, content, message',
+    [
+        ('squad', '{"data": [', ':1: not valid JSON'),
+        ('squad', '{"data": [{"paragraphs": [{"qas": []}]}]}', 'layout of SQuAD .*context'),
+        ('squad', '[]', 'layout of SQuAD'),
+        ('jsonl', '{"text": "a"}\n{"text"', ':2: not valid JSON'),
+        ('jsonl', '{"text": "a"}\n{"title": "b"}', ':2: no text under'),
+        ('jsonl', '{"text": "a", "questions": ["b"], "answers": []}', '1 questions, but 0 answers'),
+        ('jsonl', '["a"]', ':1: not a JSON object'),
+        ('jsonl', '{"text": " "}', "'1' is empty"),
+        ('jsonl', '{"text": "a", "id": 1}\n{"text": "b", "id": 1}', "two documents are named '1'"),
+        ('jsonl', '', 'hold no document'),
+    ],
+)
+def test_bad_files(tmp_path, reader, content, message):
+    path = write(tmp_path / 'file', content)
+    with pytest.raises(UserError, match=message):
+        documents.read([{'reader': reader, 'path': path}])
+
+
+def test_bad_sources(tmp_path):
+    for source, message in (
+        ({'reader': 'guess', 'path': 'x'}, 'unknown reader .*guess.*squad'),
+        ({'reader': 'squad', 'file': 'x'}, "arguments of the reader 'squad'"),
+        ({'reader': 'squad', 'path': str(tmp_path / 'none')}, 'cannot read it'),
+        ({'reader': 'text', 'path': str(tmp_path)}, 'no text file'),
+        ({'reader': 'parquet', 'path': str(tmp_path / '*.parquet')}, 'no such parquet'),
+    ):
+        with pytest.raises(UserError, match=message):
+            documents.read([source])
+
+
+# ------------------------------------------------------------------------------------- records
+
+
+def record(name='a', length=5, queries=2, entries=3):
+    rng = np.random.default_rng(length)
+
+    def query(i):
+        size = 2 + i
+        opinion = (None, None)
+        if entries:
+            ids = rng.integers(0, 128, (size, entries), np.int32)
+            opinion = ids, -rng.random((size, entries)).astype(np.float32)
+        return Query(np.arange(3 + i), rng.integers(32, 120, size), *opinion)
+
+    own = tuple(query(i) for i in range(queries))
+    prompts = tuple(np.arange(10 + i) for i in range(queries))
+    return Record(name, rng.integers(32, 120, length), own, prompts)
+
+
+@pytest.mark.parametrize('entries', [0, 3])
+def test_a_record_comes_back(entries):
+    wanted = record('naïve', entries=entries)
+    found = Record.from_bytes(wanted.to_bytes())
+    assert found.name == 'naïve'
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        [found.context, found.teacher_prompts, [vars(q) for q in found.queries]],
+        [wanted.context, wanted.teacher_prompts, [vars(q) for q in wanted.queries]],
+    )
+    with pytest.raises(UserError, match='not a record'):
+        Record.from_bytes(wanted.to_bytes()[:-40])
+
+
+def test_records_of_several_files(tmp_path):
+    meta = {'config': {'a': 1}, 'base_fingerprint': 'x'}
+    parts = [[record(f'{s}/{i}', 4 + 3 * s + i) for i in range(s)] for s in range(3)]
+    for shard, part in enumerate(parts[:2]):
+        records.write_shard(records.shard_path(tmp_path, shard, 3), part, meta)
+    with pytest.raises(UserError, match='1 of 3 files are not finished.*00002-of-00003'):
+        Records(tmp_path)
+    last = records.shard_path(tmp_path, 2, 3)
+    assert records.write_shard(last, iter(parts[2]), meta) == 2
+    found = Records(tmp_path)
+    assert found.meta == meta
+    wanted = [r for part in parts for r in part]
+    assert [found[i].name for i in range(len(found))] == [r.name for r in wanted]
+    np.testing.assert_array_equal(found.lengths, [len(r.context) for r in wanted])
+    records.check_meta(last, meta)
+    with pytest.raises(UserError, match='made with other settings'):
+        records.check_meta(last, {'config': {'a': 2}})
+    last.with_suffix('.json').unlink()
+    assert not records.is_complete(last)
+    records.write_shard(last, parts[2], {'config': {}})
+    with pytest.raises(UserError, match='different settings'):
+        Records(tmp_path)
+    with pytest.raises(UserError, match='no records'):
+        Records(tmp_path / 'none')
+
+
+# ------------------------------------------------------------------------------------- teacher
+
+
+@pytest.fixture(scope='module')
+def teacher():
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
+    return Teacher(tiny_base(), mesh, tokens_per_pass=256)
+
+
+def test_opinions_are_those_of_the_whole_distribution(teacher):
+    base = teacher.base
+    prompts = [[5, 6, 7], list(range(40, 110)), [9] * 20]
+    answers = [[30, 3], [31, 32, 33, 3], [34, 3]]
+    found = teacher.opinions(prompts, answers, 5)
+    decoder = Decoder(base.config)
+    for prompt, reply, (ids, log_probs) in zip(prompts, answers, found, strict=True):
+        tokens = jnp.asarray([[*prompt, *reply[:-1]]])
+        hidden = decoder.apply({'params': base.params}, tokens).hidden
+        logits = decoder.apply({'params': base.params}, hidden, method='unembed')
+        whole = np.asarray(jax.nn.log_softmax(logits))[0, len(prompt) - 1 :]
+        assert ids.shape == log_probs.shape == (len(reply), 5)
+        np.testing.assert_allclose(np.take_along_axis(whole, ids, -1), log_probs, atol=1e-5)
+        np.testing.assert_allclose(np.sort(whole, -1)[:, :-6:-1], log_probs, atol=1e-5)
+
+
+def test_answers_in_any_order(teacher):
+    prompts = [teacher.base.tokenizer.prompt('x' * n) for n in (3, 60, 10, 90, 4)]
+    found = teacher.answer(prompts, 6)
+    for prompt, reply in zip(prompts, found, strict=True):
+        text = answer(teacher.base, [prompt], 6)[0]
+        assert teacher.base.tokenizer.decode(reply) == text
+        assert reply[-1] == 3 or len(reply) == 6
+
+
+def test_records_of_given_answers(teacher):
+    base = teacher.base
+    sources = [
+        Document('one', 'Some text.', (Question('Who?', ('Ann', 'A')), Question('Why?'))),
+        Document('two', 'More text.', (Question('How?', ('x' * 40,)),)),
+        Document('none', 'No question.'),
+    ]
+    settings = Settings(answers='given', max_answer_tokens=10, entries=4)
+    found = list(distillation.records(teacher, base.tokenizer, sources, settings, block=2))
+    assert [r.name for r in found] == ['one']  # no answer; too long an answer; no question
+    (query,) = found[0].queries
+    assert query.answer.tolist() == [*b'Ann', 3]
+    assert query.prompt.tolist() == base.tokenizer.prompt('Who?')
+    whole = base.tokenizer.prompt('Some text.\n\nWho?')
+    assert found[0].teacher_prompts[0].tolist() == whole
+    assert found[0].context.tolist() == base.tokenizer.encode('Some text.')
+    ids, _ = teacher.opinions([whole], [query.answer], 4)[0]
+    np.testing.assert_array_equal(query.teacher_ids, ids)
+
+
+def test_questions_are_found_in_what_the_teacher_writes(teacher, monkeypatch):
+    text = '1. Who sings the song?\n- Question 2: Where does it rain so much?\nNo question.\nWhat?'
+    monkeypatch.setattr(
+        Teacher, 'answer', lambda self, prompts, limit: [np.asarray([*text.encode(), 3])]
+    )
+    monkeypatch.setattr(distillation, '_ASK', 'Ask {count}.')  # the window is small
+    (found,) = distillation.ask(teacher, [Document('a', 'text')], 5)
+    assert [q.text for q in found.questions] == [
+        'Who sings the song?',
+        'Where does it rain so much?',
+    ]
+
+
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        ({'questions': 'all'}, 'questions must be one of given'),
+        ({'answers': 'none'}, 'answers must be one of given'),
+        ({'questions': 'both', 'answers': 'given'}, 'no given answers'),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
+
+
+# -------------------------------------------------------------------------------- training data
+
+CONFIG = ConfigDict(
+    {
+        'steps': 6,
+        'contexts': 2,
+        'queries': 3,
+        'context_tokens': (8, 16),
+        'query_tokens': 12,
+        'answer_tokens': 5,
+        'teacher_tokens': 24,
+        'chunks': (1, 1),
+        'teacher': 'stored',
+    }
+)
+
+
+def fill(folder, entries=3):
+    shard = [record(f'd{n}', n, queries=1 + n % 4, entries=entries) for n in range(5, 21)]
+    records.write_shard(records.shard_path(folder, 0, 1), shard, {'base_fingerprint': 'x'})
+    return Records(folder)
+
+
+@pytest.mark.parametrize('kind', ['stored', 'online'])
+def test_groups(tmp_path, kind):
+    source = fill(tmp_path)
+    config = ConfigDict({**CONFIG, 'teacher': kind})
+    groups = DocumentGroups(source, config, seed=1, groups_per_step=2)
+    assert len(groups) == 12
+    shapes = set()
+    for index in range(12):
+        item = groups[index]
+        again = DocumentGroups(source, config, seed=1, groups_per_step=2)[index]
+        jax.tree.map(np.testing.assert_array_equal, item, again)
+        context, query = item['context'], item['query']
+        parts = context['tokens'].shape[0] // 2
+        shapes.add((index // 2, context['tokens'].shape))
+        assert query['tokens'].shape == (6, 12)
+        # Each context weighs 1.
+        np.testing.assert_allclose(query['label_weights'].reshape(2, -1).sum(1), 1, rtol=1e-6)
+        for number in range(2):
+            chunks = slice(number * parts, (number + 1) * parts)
+            text = context['tokens'][chunks][context['mask'][chunks]]
+            # Its chunks, put together, are the document, or its beginning.
+            own = [
+                r
+                for r in map(source.__getitem__, range(len(source)))
+                if r.context[:16].tolist() == text.tolist() or r.context.tolist() == text.tolist()
+            ]
+            assert len(own) == 1
+            for row in range(3 * number, 3 * number + 3):
+                seen = query['chunk_weights'][row]
+                assert not seen[np.arange(len(seen)) // parts != number].any()
+                weights = query['label_weights'][row]
+                if not weights.any():
+                    continue
+                count = int((weights > 0).sum())
+                labels = query['labels'][row, :count].tolist()
+                (at,) = [i for i, q in enumerate(own[0].queries) if q.answer.tolist() == labels]
+                known = own[0].queries[at]
+                start = len(known.prompt)
+                np.testing.assert_array_equal(
+                    query['tokens'][row, : start + count - 1], [*known.prompt, *known.answer[:-1]]
+                )
+                places = query['label_positions'][row, :count]
+                np.testing.assert_array_equal(places, start - 1 + np.arange(count))
+                if kind == 'stored':
+                    np.testing.assert_array_equal(
+                        query['teacher_ids'][row, :count], known.teacher_ids
+                    )
+                else:
+                    prompt = own[0].teacher_prompts[at]
+                    teacher = item['teacher']
+                    np.testing.assert_array_equal(teacher['tokens'][row, : len(prompt)], prompt)
+                    assert teacher['label_positions'][row, 0] == len(prompt) - 1
+    assert len(shapes) == 6  # one shape in a step
+    assert len({shape for _, shape in shapes}) > 1
+    largest = jax.tree.map(np.shape, docs.example(config, None, None))
+    assert largest['context']['tokens'] == max(shape for _, shape in shapes)
+    assert largest['query']['tokens'] == (6, 12)
+    assert ('teacher' in largest) == (kind == 'online')
+
+
+def test_records_that_do_not_serve(tmp_path):
+    source = fill(tmp_path, entries=0)
+    with pytest.raises(UserError, match='hold no log-probabilities'):
+        DocumentGroups(source, CONFIG, 0, 1)
+    with pytest.raises(UserError, match='stored. or .online'):
+        DocumentGroups(source, ConfigDict({**CONFIG, 'teacher': 'none'}), 0, 1)
+
+
+def test_online_and_stored_teacher_agree(teacher, tmp_path):
+    """Loss and gradient are the same, whether the teacher was asked before or is asked now."""
+    base = teacher.base
+    sources = [
+        Document(f'{n}', 'abc def ' * n, (Question('Who?', ('Ann',)), Question('Why?', ('So',))))
+        for n in (2, 3, 4)
+    ]
+    settings = Settings(answers='given', entries=objectives.TEACHER_ENTRIES)
+    made = distillation.records(teacher, base.tokenizer, sources, settings)
+    records.write_shard(records.shard_path(tmp_path, 0, 1), made, {'base_fingerprint': 'x'})
+    config = tiny_training()
+    config.objective = ConfigDict({'name': 'top_k_distillation'})
+    learner = meta_learning.make_learner(config, base, 1)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
+        nn.unbox(learner.hypernetwork.init(jax.random.key(0), base.params)),
+    )
+    frozen = {'base': base.params, 'encoder': base.params}
+    gradient = jax.jit(jax.value_and_grad(learner.loss, has_aux=True))
+    found = []
+    for kind in ('stored', 'online'):
+        data = ConfigDict({**CONFIG, 'teacher': kind, 'query_tokens': 16, 'teacher_tokens': 64})
+        batch = DocumentGroups(Records(tmp_path), data, 0, 1)[0]
+        assert ('teacher' in batch) == (kind == 'online')
+        (total, sums), grads = gradient(params, frozen, batch)
+        assert float(sums['loss'][1]) == pytest.approx(2)  # contexts
+        found.append((total, grads))
+    assert float(found[0][0]) > 0.1
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *found)
+
+
+def test_entries_of_the_top(teacher):
+    ids, log_probs = top_log_probs(
+        Decoder(teacher.base.config),
+        teacher.base.params,
+        jnp.ones((2, 4), int),
+        jnp.ones((2, 1), int),
+        7,
+    )
+    assert ids.shape == log_probs.shape == (2, 1, 7)
+    assert (np.diff(log_probs, axis=-1) <= 0).all()
