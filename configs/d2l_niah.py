@@ -64,6 +64,7 @@ def _published(
             'keep_checkpoints': 2,
             'hypernetwork': {
                 'name': 'doc_to_lora',
+                'dtype': 'bfloat16',  # that it computes in
                 # `model`: the name of another model that reads the documents.
                 'encoder': {
                     'name': 'early_exit',
@@ -132,7 +133,7 @@ def _smollm2() -> ConfigDict:
     """Differs from the published settings in size, in the gate, and in a curriculum: first the
     bare needle, then haystacks, then needle-free chunks that count many times over."""
     config = _published('smollm2', 7, 'v5e:2x2', {'fsdp': -1})
-    config.base_dtype = 'float32'
+    config.base_dtype = config.hypernetwork.dtype = 'float32'
     config.remat = config.hypernetwork.shape.remat = 'none'
     config.hypernetwork.shape.update(
         {

@@ -23,32 +23,36 @@ from hyperlora.objectives import TEACHER_ENTRIES
 class DocumentGroups:
     """Random-access source of groups; every array follows from (seed, index).
 
-    A group is a packed row: `contexts` documents, each with `queries` questions. All groups of a
-    step hold documents of one bucket of length, split into the same number of chunks, so that
-    shapes are few. Documents are drawn anew for each group: there is no epoch.
+    A group is a packed row: documents of about `group_tokens` together, each with `queries`
+    questions. All groups of a step hold documents of one bucket of length, split into the same
+    number of chunks, so that shapes are few. Documents are drawn anew for each group, all with the
+    same odds: there is no epoch.
     """
 
     def __init__(self, records: Records, config: ConfigDict, seed: int, groups_per_step: int):
         """
         Args:
           config: `context_tokens`, the upper ends of the buckets of length: longer documents are
-            cut; `contexts` of a group and `queries` of a context; `query_tokens`, `answer_tokens`,
+            left out; `group_tokens`; `queries` of a context; `query_tokens`, `answer_tokens`,
             `teacher_tokens`: longer questions are left out; `chunks`, the odds of splitting a
             document into 1, 2, ... chunks; `teacher`: `stored`, or `online` if it is asked in the
             training step.
 
         Raises:
-          UserError: no documents, or records without the opinion of a teacher.
+          UserError: no documents that are short enough, or records without the opinion of a
+            teacher.
         """
         self.records, self.config = records, config
         self.seed, self.groups_per_step = seed, groups_per_step
         if config.teacher not in ('stored', 'online'):
             raise UserError(f"teacher must be 'stored' or 'online', not {config.teacher!r}")
-        ends = np.asarray(config.context_tokens)
-        buckets = np.minimum(np.searchsorted(ends, records.lengths), len(ends) - 1)
-        self.buckets = [np.flatnonzero(buckets == i) for i in range(len(ends))]
-        if not len(records):
-            raise UserError('the records hold no document')
+        buckets = np.searchsorted(config.context_tokens, records.lengths)
+        self.buckets = [np.flatnonzero(buckets == i) for i in range(len(config.context_tokens))]
+        if not any(map(len, self.buckets)):
+            raise UserError(
+                f'the records hold no document of up to {config.context_tokens[-1]} tokens: '
+                'raise data.context_tokens or cut the documents'
+            )
         if config.teacher == 'stored' and records[0].queries[0].teacher_ids is None:
             raise UserError(
                 'the records hold no log-probabilities: make them with settings.entries, or train '
@@ -66,22 +70,20 @@ class DocumentGroups:
         step = index // self.groups_per_step
         shape_rng = np.random.default_rng((self.seed, 0, step))
         rng = np.random.default_rng((self.seed, 1, index))
-        sizes = np.asarray([len(bucket) for bucket in self.buckets])
-        bucket = int(shape_rng.choice(len(sizes), p=sizes / sizes.sum()))
+        counts = [_contexts(c, end) for end in c.context_tokens]
+        odds = np.asarray([len(b) / n for b, n in zip(self.buckets, counts, strict=True)])
+        bucket = int(shape_rng.choice(len(odds), p=odds / odds.sum()))
+        contexts = counts[bucket]
         odds = np.asarray(c.chunks)
         parts = 1 + int(shape_rng.choice(len(odds), p=odds / odds.sum()))
-        documents = [
-            self.records[i] for i in rng.choice(self.buckets[bucket], c.contexts, replace=True)
-        ]
+        documents = [self.records[i] for i in rng.choice(self.buckets[bucket], contexts)]
         longest = c.context_tokens[bucket]
         length = -(-longest // parts)
         chunks = [
-            part
-            for document in documents
-            for part in _split(rng, document.context[:longest], parts, length)
+            part for document in documents for part in _split(rng, document.context, parts, length)
         ]
         tokens, mask = chunking.pad(chunks, length)
-        own = np.repeat(np.eye(c.contexts, dtype=np.float32), parts, axis=1) * mask.any(1)
+        own = np.repeat(np.eye(contexts, dtype=np.float32), parts, axis=1) * mask.any(1)
         rows = [self._queries(rng, document) for document in documents]
         query = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
         query['chunk_weights'] = np.repeat(own, c.queries, axis=0)
@@ -134,13 +136,19 @@ def _split(
     return pieces
 
 
+def _contexts(config: ConfigDict, tokens: int) -> int:
+    """Documents of so many tokens in a group."""
+    return max(config.group_tokens // tokens, 1)
+
+
 def example(config: ConfigDict, base: BaseModel, encoder: BaseModel) -> dict[str, dict[str, Any]]:
-    """A group of the longest documents in the most chunks; see `data.abstract`."""
-    parts = len(config.chunks)
-    chunks = config.contexts * parts
-    shape = (chunks, -(-config.context_tokens[-1] // parts))
-    rows = _rows(config, config.contexts * config.queries, TEACHER_ENTRIES)
-    weights = np.zeros((config.contexts * config.queries, chunks), np.float32)
+    """A group of the shortest documents, with the most questions, in the most chunks; see
+    `data.abstract`."""
+    parts, longest = len(config.chunks), config.context_tokens[0]
+    contexts = _contexts(config, longest)
+    shape = (contexts * parts, -(-longest // parts))
+    rows = _rows(config, contexts * config.queries, TEACHER_ENTRIES)
+    weights = np.zeros((contexts * config.queries, contexts * parts), np.float32)
     context = {'tokens': np.zeros(shape, np.int32), 'mask': np.ones(shape, bool)}
     return _item(context, {**rows, 'chunk_weights': weights})
 

@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from hyperlora.errors import UserError
@@ -42,6 +43,8 @@ class Hypernetwork:
       example: a context batch of the smallest size, for initialisation.
       start: fresh parameters -> those that training starts from; for parameters that come from
         data, such as the statistics of LoRAs to reconstruct.
+      dtype: that the module computes in. Parameters, their gradients and the optimizer stay f32;
+        norms, softmaxes and the sums of products are f32 in any case.
     """
 
     module: nn.Module
@@ -49,12 +52,14 @@ class Hypernetwork:
     encode: Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array | None]]
     example: dict[str, jax.Array]
     start: Callable[[Any], Any] = lambda params: params
+    dtype: DTypeLike = jnp.float32
 
     def generate(
         self, params: Any, encoder_params: Any, context: dict[str, jax.Array], **kwargs
     ) -> tuple[Lora, Lora | None]:
         """LoRAs of a context batch; `kwargs` go to the module."""
         features, mask = self.encode(encoder_params, context)
+        params, features = self._cast((params, features))
         return self.module.apply({'params': params}, features, mask, **kwargs)
 
     def generate_with_losses(
@@ -73,9 +78,10 @@ class Hypernetwork:
           The LoRAs, and the sum of what the module adds to the loss (its `losses` collection).
         """
         features, mask = self.encode(encoder_params, context)
+        params, features = self._cast((params, jax.lax.stop_gradient(features)))
         (chunks, shared), state = self.module.apply(
             {'params': params},
-            jax.lax.stop_gradient(features),
+            features,
             mask,
             rngs={} if key is None else {'dropout': key},
             mutable=['losses'],
@@ -87,11 +93,20 @@ class Hypernetwork:
         features, mask = self.encode(encoder_params, self.example)
         return self.module.init(key, features, mask)['params']
 
+    def _cast(self, tree: Any) -> Any:
+        def one(x):
+            return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+        return jax.tree.map(one, tree)
+
 
 def build(
     config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None = None
 ) -> Hypernetwork:
     """Builds `config.name` for a base model; an encoder of its own is loaded onto the mesh.
+
+    Args:
+      config: `name`, what its builder reads, and `dtype`, that it computes in; f32 if absent.
 
     Raises:
       UserError: no hypernetwork of that name.
@@ -99,4 +114,5 @@ def build(
     if config.name not in _BUILDERS:
         raise UserError(f'unknown hypernetwork {config.name!r}; known: {", ".join(_BUILDERS)}')
     module, function = _BUILDERS[config.name].split(':')
-    return getattr(importlib.import_module(module), function)(config, base, mesh)
+    built = getattr(importlib.import_module(module), function)(config, base, mesh)
+    return dataclasses.replace(built, dtype=jnp.dtype(config.get('dtype', 'float32')))

@@ -258,7 +258,7 @@ def test_bad_settings(settings, message):
 CONFIG = ConfigDict(
     {
         'steps': 6,
-        'contexts': 2,
+        'group_tokens': 32,
         'queries': 3,
         'context_tokens': (8, 16),
         'query_tokens': 12,
@@ -288,21 +288,20 @@ def test_groups(tmp_path, kind):
         again = DocumentGroups(source, config, seed=1, groups_per_step=2)[index]
         jax.tree.map(np.testing.assert_array_equal, item, again)
         context, query = item['context'], item['query']
-        parts = context['tokens'].shape[0] // 2
-        shapes.add((index // 2, context['tokens'].shape))
-        assert query['tokens'].shape == (6, 12)
+        count = len(query['tokens']) // 3
+        parts = context['tokens'].shape[0] // count
+        shapes.add((index // 2, (*context['tokens'].shape, count)))
+        assert context['tokens'].size == 32  # whatever the length of the documents
+        assert query['tokens'].shape == (3 * count, 12)
         # Each context weighs 1.
-        np.testing.assert_allclose(query['label_weights'].reshape(2, -1).sum(1), 1, rtol=1e-6)
-        for number in range(2):
+        np.testing.assert_allclose(query['label_weights'].reshape(count, -1).sum(1), 1, rtol=1e-6)
+        for number in range(count):
             chunks = slice(number * parts, (number + 1) * parts)
             text = context['tokens'][chunks][context['mask'][chunks]]
-            # Its chunks, put together, are the document, or its beginning.
-            own = [
-                r
-                for r in map(source.__getitem__, range(len(source)))
-                if r.context[:16].tolist() == text.tolist() or r.context.tolist() == text.tolist()
-            ]
-            assert len(own) == 1
+            # Its chunks, put together, are the document.
+            documents = map(source.__getitem__, range(len(source)))
+            own = [r for r in documents if r.context.tolist() == text.tolist()]
+            assert len(own) == 1 and len(text) <= 16
             for row in range(3 * number, 3 * number + 3):
                 seen = query['chunk_weights'][row]
                 assert not seen[np.arange(len(seen)) // parts != number].any()
@@ -330,9 +329,10 @@ def test_groups(tmp_path, kind):
                     assert teacher['label_positions'][row, 0] == len(prompt) - 1
     assert len(shapes) == 6  # one shape in a step
     assert len({shape for _, shape in shapes}) > 1
-    largest = jax.tree.map(np.shape, docs.example(config, None, None))
-    assert largest['context']['tokens'] == max(shape for _, shape in shapes)
-    assert largest['query']['tokens'] == (6, 12)
+    assert {count for _, (_, _, count) in shapes} == {2, 4}
+    largest = jax.tree.map(lambda x: x.shape, docs.example(config, None, None))
+    assert largest['context']['tokens'] == (8, 4)
+    assert largest['query']['tokens'] == (12, 12)
     assert ('teacher' in largest) == (kind == 'online')
 
 
@@ -340,6 +340,8 @@ def test_records_that_do_not_serve(tmp_path):
     source = fill(tmp_path, entries=0)
     with pytest.raises(UserError, match='hold no log-probabilities'):
         DocumentGroups(source, CONFIG, 0, 1)
+    with pytest.raises(UserError, match='no document of up to 4 tokens'):
+        DocumentGroups(source, ConfigDict({**CONFIG, 'context_tokens': (2, 4)}), 0, 1)
     with pytest.raises(UserError, match='stored. or .online'):
         DocumentGroups(source, ConfigDict({**CONFIG, 'teacher': 'none'}), 0, 1)
 

@@ -1,0 +1,181 @@
+"""Doc-to-LoRA on documents (arXiv 2602.15902, section 5), the main experiment, in its two stages.
+
+    python -m launch.generate_data --config=configs/documents.py:READER,PATH --output=RECORDS
+    python -m launch.train --config=configs/d2l_docs.py:VARIANT,RECORDS --workdir=DIR
+    python -m launch.train --config=configs/d2l_docs.py:VARIANT_chunks,RECORDS,DIR --workdir=DIR2
+
+RECORDS is what `launch.generate_data` wrote with the same base model; DIR the first stage's
+workdir. Variants: `gemma2_2b`, `mistral_7b`, `qwen3_4b` (the published settings, each for the TPUs
+that it names; for others set config.topology, mesh, groups and accumulate), `tiny` (SmolLM2 and
+seconds; for tests).
+"""
+
+import functools
+
+from ml_collections import ConfigDict
+
+from hyperlora.errors import UserError
+
+
+def get_config(argument: str = '') -> ConfigDict:
+    """The config of a variant, of a folder of records, and of where the second stage starts.
+
+    Raises:
+      UserError: no such variant, no records, or a second stage without the first.
+    """
+    variant, records, start = (*argument.split(','), '', '')[:3]
+    name = variant.removesuffix('_chunks')
+    published = functools.partial(_published, name)
+    variants = {
+        'tiny': _tiny,
+        'gemma2_2b': lambda: published('v5e:8x8', {'fsdp': 64}),
+        'mistral_7b': lambda: published('v5p:4x4x4', {'fsdp': 64}),
+        'qwen3_4b': lambda: published('v5e:8x8', {'fsdp': 64}),
+    }
+    if name not in variants:
+        raise UserError(f'unknown variant {variant!r} of d2l_docs; known: {", ".join(variants)}')
+    if not records:
+        raise UserError('name the records: configs/d2l_docs.py:VARIANT,RECORDS')
+    config = variants[name]()
+    config.data.records = records
+    if name != variant:
+        if not start:
+            raise UserError(
+                "name the first stage's workdir: configs/d2l_docs.py:VARIANT_chunks,RECORDS,DIR"
+            )
+        config.init_from = start
+        _in_chunks(config)
+    return config
+
+
+def _published(base: str, topology: str, mesh: dict[str, int]) -> ConfigDict:
+    """The first stage: 80,000 steps of 64 packed rows, each of 4,096 tokens of documents.
+
+    Args:
+      topology, mesh: the TPUs that it is made for.
+    """
+    steps = 80_000
+    return ConfigDict(
+        {
+            'name': 'd2l_docs',
+            'base': base,
+            'base_dtype': 'bfloat16',
+            'base_quantization': 'none',  # or 'int8', 'int4': of kernels and embeddings
+            'seed': 0,
+            'topology': topology,  # that `launch.aot` compiles for
+            'mesh': {'data': 1, 'fsdp': 1, 'tensor': 1, **mesh},
+            'remat': 'full',
+            'neftune': 0.0,
+            'init_from': '',  # weights to start from: a name, an export or a workdir
+            'groups': 1,  # packed rows per data shard
+            'accumulate': 1,
+            'log_every': 10,
+            'checkpoint_every': 500,
+            'keep_checkpoints': 2,
+            'hypernetwork': {
+                'name': 'doc_to_lora',
+                'dtype': 'bfloat16',  # that it computes in
+                # `model`: the name of another model that reads the documents.
+                'encoder': {
+                    'name': 'per_layer_activations',
+                    'model': '',
+                    'dtype': 'bfloat16',
+                    'quantization': 'none',
+                },
+                'modules': ('down_proj',),
+                'shape': {
+                    'rank': 8,
+                    'scaling': 2 * 8**1.5,
+                    'latent_size': 512,
+                    'num_latents': 8,
+                    'num_blocks': 9,
+                    'num_heads': 16,
+                    'num_kv_heads': 4,
+                    'head_dim': 128,
+                    'num_pre_head_layers': 1,
+                    'per_layer_processing': True,
+                    'gate': False,
+                    'scaler_b': 0.0,
+                    'remat': 'full',
+                },
+            },
+            'objective': {'name': 'top_k_distillation', 'l1': 0.1, 'max_chunks': 1},
+            'optimizer': {
+                'learning_rate': 4e-5,
+                'end_learning_rate': 1e-7,
+                'warmup_steps': 100,
+                'steps': steps,
+                'weight_decay': 0.01,
+                'b1': 0.9,
+                'b2': 0.999,
+                'clip_norm': 1.0,
+            },
+            'data': {
+                'name': 'documents',
+                'records': '',
+                'steps': steps,
+                'teacher': 'stored',  # or 'online': asked in the training step
+                'group_tokens': 4096,
+                'context_tokens': (256, 512, 1024, 2048),
+                'chunks': (1.0,),
+                'queries': 1,
+                'query_tokens': 256,
+                'answer_tokens': 128,
+                'teacher_tokens': 2304,
+            },
+            # How `launch.adapt` and the evaluation cut documents.
+            'chunk_length': 1024,
+            # Tokens around every chunk, as a chat template would put them.
+            'chunk_prefix': (),
+            'chunk_suffix': (),
+            # Gates below it are shut then; see `DocToLora`.
+            'min_gate': 0.0,
+        }
+    )
+
+
+def _in_chunks(config: ConfigDict) -> None:
+    """The second stage: 20,000 steps on documents in 1 to 8 chunks."""
+    config.optimizer.update({'learning_rate': 2e-5, 'warmup_steps': 2000, 'steps': 20_000})
+    config.data.update(
+        {
+            'steps': 20_000,
+            'group_tokens': 2048,
+            'chunks': (0.5, 0.125, *[0.0625] * 6),
+        }
+    )
+    config.accumulate *= 2
+    config.objective.max_chunks = 8
+    config.chunk_length = 512
+
+
+def _tiny() -> ConfigDict:
+    """A few steps of a small hypernetwork on the real base model."""
+    config = _published('smollm2', 'v5e:2x2', {'fsdp': -1})
+    config.base_dtype = config.hypernetwork.dtype = 'float32'
+    config.remat = config.hypernetwork.shape.remat = 'none'
+    config.hypernetwork.shape.update(
+        {
+            'latent_size': 16,
+            'num_latents': 4,
+            'num_blocks': 1,
+            'num_heads': 2,
+            'num_kv_heads': 1,
+            'head_dim': 8,
+            'per_layer_processing': False,
+        }
+    )
+    config.data.update(
+        {
+            'steps': 6,
+            'group_tokens': 256,
+            'context_tokens': (128, 256),
+            'query_tokens': 64,
+            'answer_tokens': 32,
+            'teacher_tokens': 384,
+        }
+    )
+    config.optimizer.update({'steps': 6, 'warmup_steps': 1})
+    config.log_every = 1
+    config.checkpoint_every = 2
+    return config
