@@ -15,7 +15,7 @@ import pytest
 from conftest import TINY
 from test_aot import needs_libtpu  # noqa: F401
 
-from hyperlora import lora, sharding, tpus
+from hyperlora import aot, costs, lora, sharding, tpus
 from hyperlora.models import kernels
 from hyperlora.models.attention import causal_attention
 from hyperlora.models.decoder import Decoder
@@ -137,8 +137,8 @@ def compare_meshes():
             for x in ours[1:]:
                 assert x.sharding.is_equivalent_to(heads, 4)
             assert_same(ours, wanted[0])
-            tokens = jax.device_put(TOKENS, rows)
-            assert_same(adapted(tokens, segments), wanted[1], 1e-3)
+    with jax.set_mesh(mesh), sharding.rules(), interpreted():
+        assert_same(adapted(jax.device_put(TOKENS, rows), segments), wanted[1], 1e-3)
     print('all meshes agree')
 
 
@@ -197,8 +197,14 @@ def test_kernels_compile_for_tpus(needs_libtpu):  # noqa: F811
 
         return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
+    args = q, k, k, rows, local
     with jax.set_mesh(mesh):
-        text = jax.jit(gradient).lower(q, k, k, rows, local).compile().as_text()
+        lowered = jax.jit(gradient).lower(*args)
+        # Kernels count like the products that they stand for.
+        flops = aot._flops(gradient, dict(zip('qkvsl', args, strict=True)))
+    assert flops == costs.matmul_flops(gradient, *args) > 0
+    assert {x.dtype for x in lowered.out_info} == {jnp.dtype('bfloat16')}
+    text = lowered.compile().as_text()
     # Forwards and backwards in local layers and in others.
     assert text.count('custom_call_target="tpu_custom_call"') == 4
     assert 'all-gather' not in text

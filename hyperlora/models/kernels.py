@@ -5,7 +5,6 @@ Axes: b rows, s tokens, k key/value heads, q query heads per key/value head, h h
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 
