@@ -95,7 +95,7 @@ def _train(
     )
     tokens = {part: batch[part]['tokens'].size for part in batch if 'tokens' in batch[part]}
     args = {'state': plan.state, 'frozen': plan.frozen, 'batch': batch}
-    return _measure(plan.step, args, target, tokens, costs.matmul_flops(lean.step, *args.values()))
+    return _measure(plan.step, args, target, tokens, _flops(lean.step, args))
 
 
 def _internalize(
@@ -178,14 +178,14 @@ def _measure(
       trips: how often a loop of unknown length runs.
 
     Returns:
-      `fits` and `reason`; `bytes_per_device`; `flops`, of all matrix products on all chips, loops
-      in full, and `useful_flops`; `tokens`; `collectives`, kind -> count and bytes that each
+      `fits` and `reason`; `bytes_per_device`; `flops`, of all matrix products on all chips (see
+      `_flops`), and `useful_flops`; `tokens`; `collectives`, kind -> count and bytes that each
       device sends; `hbm_bytes`, that each moves; `seconds` of computing, of moving data in memory
       and between chips at the published speeds, of the step if all these overlap (the longest) and
       if none do (the sum); `bound`, which is the longest; `mfu` of both cases, upper and lower
       bounds of what to expect; `compile_seconds`.
     """
-    flops = costs.matmul_flops(function, *args.values(), trips=trips)
+    flops = _flops(function, args, trips)
     chip, chips = target.chip, len(target.devices)
     found = {
         'flops': flops,
@@ -243,6 +243,18 @@ def _measure(
         'mfu_without_overlap': found['useful_flops'] / whole / peak,
         'compile_seconds': seconds,
     }
+
+
+def _flops(function: Any, args: dict[str, Any], trips: int = 1) -> float:
+    """Of all matrix products, loops in full, and attention's as if there were no kernels for it.
+
+    Programs with and without kernels so count alike. (Kernels compute more on the diagonal, where
+    their blocks are larger, and less in local layers.)
+    """
+    nowhere = jax.sharding.get_abstract_mesh().update(abstract_device=None)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(args.values()))
+    with jax.sharding.use_abstract_mesh(nowhere):
+        return costs.matmul_flops(function, *shapes, trips=trips)
 
 
 def _held(args: dict[str, Any], places: tuple) -> dict[str, int]:

@@ -95,8 +95,9 @@ class Traffic:
 def traffic(hlo: str, trips: int = 1) -> Traffic:
     """Reads the text of a program that XLA compiled for several TPUs.
 
-    Memory: every instruction outside of a fusion reads its operands and writes its result, unless
-    these are in the chip's vector memory; of an operand that is only sliced, the slice counts.
+    Memory: every instruction outside of a fusion, a kernel among them, reads its operands and
+    writes its result, unless these are in the chip's vector memory; of an operand that is only
+    sliced, the slice counts. Of a conditional, the branch that moves most.
     Collectives: by rings, so that of n devices each sends (n - 1) / n of what an all-gather,
     all-to-all or reduce-scatter makes or takes, and twice that in an all-reduce.
 
@@ -104,7 +105,6 @@ def traffic(hlo: str, trips: int = 1) -> Traffic:
       trips: how often a loop of unknown length runs.
     """
     computations, entry = _parse(hlo)
-    hbm = 0.0
     found: dict[str, tuple[str, int, float]] = {}  # channel: (kind, count, bytes)
 
     def collect(name, times):
@@ -124,21 +124,22 @@ def traffic(hlo: str, trips: int = 1) -> Traffic:
                     collect(called, times)
 
     def run(name, times):
-        nonlocal hbm
+        """Bytes of memory that a computation moves."""
         collect(name, times)
+        total = 0.0
         for at in computations[name].values():
             if at.opcode == 'while':
                 condition, body = _called(at)
-                run(body, times * (_length(computations[condition]) or trips))
+                total += run(body, times * (_length(computations[condition]) or trips))
             elif at.opcode in ('call', 'conditional'):
-                for called in _called(at):
-                    run(called, times)
+                total += max(run(called, times) for called in _called(at))
             elif not (
                 at.opcode in _FREE or at.opcode.endswith('-done') or 'AllocateBuffer' in at.rest
             ):
-                hbm += times * _moved(at, computations[name], computations)
+                total += times * _moved(at, computations[name], computations)
+        return total
 
-    run(entry, 1)
+    hbm = run(entry, 1)
     collectives: dict[str, tuple[int, float]] = collections.defaultdict(lambda: (0, 0.0))
     for kind, count, sent in found.values():
         collectives[kind] = collectives[kind][0] + count, collectives[kind][1] + sent

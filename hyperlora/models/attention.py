@@ -1,5 +1,7 @@
 """Attention: the one implementation that every module calls.
 
+Its products are left to XLA, but for causal self-attention where there is a kernel for it.
+
 Axes: b rows, s queries, t keys, k key/value heads, q query heads per key/value head, h head width.
 """
 
@@ -10,6 +12,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from hyperlora.models import kernels
 
 _QUERY_BLOCK = 256  # longer sequences are attended block by block: memory linear in s
 
@@ -125,7 +129,8 @@ def causal_attention(
     groups: jax.Array | None = None,
     window: int | None = None,
     local: jax.Array | bool = False,
-    **kwargs,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Self-attention in which each token sees itself and those before it.
 
@@ -135,9 +140,22 @@ def causal_attention(
       groups: `[b, s]`; tokens of one group other than 0 see each other in both directions. The
         window of a local layer limits only how far back they see. None for no groups.
       window, local: see `sees`.
-      **kwargs: scale and softcap of `attention`.
+      scale, softcap: as for `attention`.
     """
     tokens = q.shape[1]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if window is not None and (window >= tokens or local is False):
+        window = None
+    kernel = None if groups is not None else kernels.find(q, k, segments, softcap)
+    if kernel is not None:
+
+        def run(window, *arrays):
+            return kernel(*arrays, window, scale, softcap)
+
+        if window is None or local is True:
+            return run(window, q, k, v, segments)
+        near, far = functools.partial(run, window), functools.partial(run, None)
+        return jax.lax.cond(local, near, far, q, k, v, segments)
 
     def attend(start, end):
         last, together = end, None
@@ -149,7 +167,7 @@ def causal_attention(
         visible = sees(queries, jnp.arange(last), window, local, together)
         if segments is not None:
             visible &= segments[:, start:end, None] == segments[:, None, :last]
-        return attention(q[:, start:end], k[:, :last], v[:, :last], visible, **kwargs)
+        return attention(q[:, start:end], k[:, :last], v[:, :last], visible, scale, softcap)
 
     return _in_blocks(tokens, attend)
 
