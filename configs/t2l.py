@@ -238,7 +238,7 @@ def _reconstruction(loras: str) -> ConfigDict:
             'tasks': (),
         }
     )
-    _steps(config, 3000)
+    _steps(config, 2000)
     config.optimizer.learning_rate = 1e-3
     return config
 
