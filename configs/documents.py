@@ -26,7 +26,7 @@ def get_config(argument: str = '') -> ConfigDict:
             'base_dtype': 'float32',
             'base_quantization': 'none',
             'encoder': '',  # the model that will read the documents; the base itself if empty
-            'mesh': {'data': 1, 'fsdp': -1, 'tensor': 1},
+            'mesh': {'slice': 1, 'data': 1, 'fsdp': -1, 'tensor': 1},
             'source': {'reader': reader, 'name' if reader == 'tfds' else 'path': path},
             'limit': 0,  # documents, the first ones; 0 for all
             'shards': 8,  # files; each is written whole, by one process

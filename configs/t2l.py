@@ -103,7 +103,7 @@ def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> C
             'base_quantization': 'none',
             'seed': 0,
             'topology': topology,  # that `launch.aot` compiles for
-            'mesh': {'data': 1, 'fsdp': 1, 'tensor': 1, **mesh},
+            'mesh': {'slice': 1, 'data': 1, 'fsdp': 1, 'tensor': 1, **mesh},
             'remat': 'full',
             'neftune': 5.0,
             'init_from': '',  # weights to start from: a name, an export or a workdir

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from d2l.documents import Document, Question
 from d2l.prompts import in_context_prompt
@@ -46,7 +45,7 @@ class Teacher:
         """
         self.base, self.mesh, self.tokens_per_pass = base, mesh, tokens_per_pass
         self._decoder = Decoder(base.config)
-        self._rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+        self._rows = sharding.batch_sharding(mesh)
 
     def _in_batches(
         self, sequences: Sequence[Sequence[int]], run: Callable[[np.ndarray, np.ndarray], Any]

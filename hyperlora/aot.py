@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: whether a config fits a TPU slice and how fast it can be there.
+"""Ahead-of-time compilation: whether a config fits slices of TPUs and how fast it can be there.
 
 The steps are the real ones, compiled by libtpu for a topology from abstract values, on any machine.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
@@ -65,6 +64,8 @@ def report(config: ConfigDict, name: str, steps: Sequence[str] = STEPS) -> dict[
         'config': config.name,
         'base': base.name,
         'topology': name,
+        'ici_bandwidth': target.ici_bandwidth,
+        'dcn_bandwidth': target.chip.dcn_bandwidth,
         'chips': mesh.size,
         'mesh': dict(mesh.shape),
         'parameters': sum(x.size for x in jax.tree.leaves(plan.state.params)),
@@ -133,7 +134,7 @@ def _generate(config: ConfigDict, base: BaseModel, plan: Plan, target: Topology)
     rank = chunks.rank + (0 if shared is None else shared.rank)
     rows = sharding.data_shards(mesh) * _ROWS
     pairs = jax.tree.map(
-        lambda x: _spread(mesh, (x.shape[0], rows, rank, x.shape[3]), x.dtype, None), chunks.pairs
+        lambda x: _spread(mesh, (x.shape[0], rows, rank, x.shape[3]), x.dtype, axis=1), chunks.pairs
     )
     prompts = _spread(mesh, (rows, _PROMPT_TOKENS), jnp.int32)
     lengths = _spread(mesh, (rows,), jnp.int32)
@@ -154,11 +155,10 @@ def _generate(config: ConfigDict, base: BaseModel, plan: Plan, target: Topology)
 
 
 def _spread(
-    mesh: jax.sharding.Mesh, shape: tuple[int, ...], dtype: DTypeLike, *before: None
+    mesh: jax.sharding.Mesh, shape: tuple[int, ...], dtype: DTypeLike, axis: int = 0
 ) -> jax.ShapeDtypeStruct:
-    """An abstract array, divided like a batch along the axis after `before`."""
-    place = NamedSharding(mesh, PartitionSpec(*before, ('data', 'fsdp')))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    """An abstract array, divided like a batch along an axis."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, axis))
 
 
 def _measure(
@@ -180,10 +180,11 @@ def _measure(
     Returns:
       `fits` and `reason`; `bytes_per_device`; `flops`, of all matrix products on all chips (see
       `_flops`), and `useful_flops`; `tokens`; `collectives`, kind -> count and bytes that each
-      device sends; `hbm_bytes`, that each moves; `seconds` of computing, of moving data in memory
-      and between chips at the published speeds, of the step if all these overlap (the longest) and
-      if none do (the sum); `bound`, which is the longest; `mfu` of both cases, upper and lower
-      bounds of what to expect; `compile_seconds`.
+      device sends within its slice, and `dcn_collectives`, to other slices; `hbm_bytes`, that each
+      moves; `seconds` of computing, of moving data in memory, between chips and between slices at
+      the published speeds, of the step if all these overlap (the longest) and if none do (the sum);
+      `bound`, which is the longest; `mfu` of both cases, upper and lower bounds of what to expect;
+      `compile_seconds`.
     """
     flops = _flops(function, args, trips)
     chip, chips = target.chip, len(target.devices)
@@ -209,11 +210,12 @@ def _measure(
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    moved = costs.traffic(compiled.as_text(), trips)
+    moved = costs.traffic(compiled.as_text(), trips, target.slices)
     times = {
         'compute': flops / chips / chip.flops,
         'memory': moved.hbm_bytes / chip.hbm_bandwidth,
         'interconnect': moved.sent_bytes / target.ici_bandwidth if chips > 1 else 0.0,
+        'network': moved.dcn_bytes / chip.dcn_bandwidth if target.slices > 1 else 0.0,
     }
     longest, whole = max(times.values()), sum(times.values())
     peak = chips * chip.flops
@@ -232,9 +234,12 @@ def _measure(
             'hbm': chip.hbm,
         },
         **found,
-        'collectives': {
-            kind: {'count': count, 'bytes': sent}
-            for kind, (count, sent) in moved.collectives.items()
+        **{
+            key: {
+                kind: {'count': count, 'bytes': sent}
+                for kind, (count, sent) in getattr(moved, key).items()
+            }
+            for key in ('collectives', 'dcn_collectives')
         },
         'hbm_bytes': moved.hbm_bytes,
         'seconds': {**times, 'step': longest, 'step_without_overlap': whole},

@@ -81,56 +81,72 @@ class Traffic:
 
     Attributes:
       hbm_bytes: that instructions read from and write to memory.
-      collectives: kind -> (how many run, bytes that each device sends).
+      collectives: kind -> (how many run, bytes that each device sends), within a slice.
+      dcn_collectives: the same, between slices.
     """
 
     hbm_bytes: float
     collectives: dict[str, tuple[int, float]]
+    dcn_collectives: dict[str, tuple[int, float]]
 
     @property
     def sent_bytes(self) -> float:
         return sum(sent for _, sent in self.collectives.values())
 
+    @property
+    def dcn_bytes(self) -> float:
+        return sum(sent for _, sent in self.dcn_collectives.values())
 
-def traffic(hlo: str, trips: int = 1) -> Traffic:
+
+def traffic(hlo: str, trips: int = 1, slices: int = 1) -> Traffic:
     """Reads the text of a program that XLA compiled for several TPUs.
 
     Memory: every instruction outside of a fusion, a kernel among them, reads its operands and
     writes its result, unless these are in the chip's vector memory; of an operand that is only
     sliced, the slice counts. Of a conditional, the branch that moves most.
     Collectives: by rings, so that of n devices each sends (n - 1) / n of what an all-gather,
-    all-to-all or reduce-scatter makes or takes, and twice that in an all-reduce.
+    all-to-all or reduce-scatter makes or takes, and twice that in an all-reduce. Between slices
+    they are sends to the hosts, which do the rest.
 
     Args:
       trips: how often a loop of unknown length runs.
+      slices: of TPUs, which all take part in what crosses between them.
     """
     computations, entry = _parse(hlo)
-    found: dict[str, tuple[str, int, float]] = {}  # channel: (kind, count, bytes)
+    found: dict[tuple, tuple[str, int, float]] = {}  # key: (kind, count, bytes)
+    crossing: dict[str, tuple[int, float]] = collections.defaultdict(lambda: (0, 0.0))
 
-    def collect(name, times):
-        """Collectives of a computation; the halves of an asynchronous one share a channel."""
+    def collect(name, times, where):
+        """Collectives of a computation; the halves of an asynchronous one share a channel.
+
+        Args:
+          where: the computation that runs it, in which it counts once.
+        """
         for at in computations[name].values():
             kind = at.opcode.removesuffix('-start')
             if kind in COLLECTIVES:
                 scattered = name.startswith('all-reduce-scatter')
                 kind = 'reduce-scatter' if scattered else kind
                 channel = re.search(r'channel_id=(\d+)', at.rest)
-                key = channel[1] if channel else at.name
-                before = found.get(key, (kind, 0, 0.0))[1]
-                if times > before:
-                    found[key] = kind, times, times * _sent(at, kind, computations[name])
+                key = where, channel[1] if channel else at.name
+                found[key] = kind, times, times * _sent(at, kind, computations[name])
             elif at.opcode in ('fusion', 'async-start'):
                 for called in _called(at):
-                    collect(called, times)
+                    collect(called, times, where)
 
     def run(name, times):
         """Bytes of memory that a computation moves."""
-        collect(name, times)
+        collect(name, times, name)
         total = 0.0
         for at in computations[name].values():
+            if at.opcode == 'send' and (kind := _crossing(at)):
+                count, sent = crossing[kind]
+                part = _share(kind, slices) * next(_arrays(at.shape))[0]
+                crossing[kind] = count + times, sent + times * part
             if at.opcode == 'while':
                 condition, body = _called(at)
-                total += run(body, times * (_length(computations[condition]) or trips))
+                length = _length(at, computations[name], computations[condition])
+                total += run(body, times * (trips if length is None else length))
             elif at.opcode in ('call', 'conditional'):
                 total += max(run(called, times) for called in _called(at))
             elif not (
@@ -143,7 +159,7 @@ def traffic(hlo: str, trips: int = 1) -> Traffic:
     collectives: dict[str, tuple[int, float]] = collections.defaultdict(lambda: (0, 0.0))
     for kind, count, sent in found.values():
         collectives[kind] = collectives[kind][0] + count, collectives[kind][1] + sent
-    return Traffic(hbm, dict(sorted(collectives.items())))
+    return Traffic(hbm, dict(sorted(collectives.items())), dict(sorted(crossing.items())))
 
 
 def _parse(hlo: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
@@ -182,13 +198,27 @@ def _called(at: _Instruction) -> list[str]:
     return re.findall(pattern, at.rest) + named
 
 
-def _length(condition: dict[str, _Instruction]) -> int | None:
-    """How often a loop runs that counts from 0 while its counter is less than a constant."""
+def _length(
+    at: _Instruction, among: dict[str, _Instruction], condition: dict[str, _Instruction]
+) -> int | None:
+    """How often a loop runs that counts from a constant while less than a constant.
+
+    A loop counts from 1 if XLA has moved a first turn before it.
+    """
     root = list(condition.values())[-1]
     if root.opcode != 'compare' or 'direction=LT' not in root.rest:
         return None
-    bound = condition[root.operands[1]]
-    return int(bound.inside[1:-1]) if bound.opcode == 'constant' else None
+    counter, bound = (condition[name] for name in root.operands)
+    index = re.search(r'index=(\d+)', counter.rest)
+    state = among[at.operands[0]]
+    if bound.opcode != 'constant' or not index or state.opcode != 'tuple':
+        return None
+    start = among[state.operands[int(index[1])]]
+    while start.opcode == 'copy':
+        start = among[start.operands[0]]
+    if start.opcode != 'constant':
+        return None
+    return int(bound.inside[1:-1]) - int(start.inside[1:-1])
 
 
 def _arrays(shape: str) -> Iterator[tuple[float, bool]]:
@@ -208,10 +238,20 @@ def _sent(at: _Instruction, kind: str, among: dict[str, _Instruction]) -> float:
     whole = max(sizes) if at.opcode.endswith('-start') else sum(sizes)
     if kind == 'collective-permute':
         return whole
-    n = _group_size(at.rest)
     if at.opcode.startswith('reduce-scatter'):
         whole = sum(_size(among[name].shape, memory=False) for name in at.operands)
-    return (2 if kind == 'all-reduce' else 1) * whole * (n - 1) / n
+    return _share(kind, _group_size(at.rest)) * whole
+
+
+def _share(kind: str, n: int) -> float:
+    """Of the whole array of a collective, what each of n devices sends."""
+    return (2 if kind == 'all-reduce' else 1) * (n - 1) / n
+
+
+def _crossing(at: _Instruction) -> str | None:
+    """The kind of collective between slices that a send to the host is a part of."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', at.rest)
+    return found and found[1].lower().replace('_', '-')
 
 
 def _group_size(attributes: str) -> int:
@@ -239,6 +279,8 @@ def _moved(
         return 2 * _size(at.shape)
     if at.opcode in ('dynamic-update-slice', 'scatter'):
         return 2 * read[1 if at.opcode == 'dynamic-update-slice' else 2]
+    if at.opcode in ('recv', 'send'):  # to and from the host
+        return next(_arrays(at.shape))[0]
     if at.opcode == 'copy-start':  # its result holds its operand
         size, in_memory = next(_arrays(at.shape))
         return read[0] + size * in_memory

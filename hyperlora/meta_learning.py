@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from hyperlora import data, hosts, hypernetwork, lora, objectives, sharding, trained
@@ -286,7 +286,7 @@ def make_plan(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh) -> P
         learner,
         frozen,
         state,
-        NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp'))),
+        sharding.batch_sharding(mesh, axis=1),
         jax.jit(init, out_shardings=places),
         jax.jit(learner.step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh))),
     )

@@ -1,12 +1,13 @@
 """Device meshes and the one table that maps logical axis names to mesh axes.
 
 Every parameter and constrained activation names its axes; where each name lives on the mesh is
-decided here alone, or by a config that overrides the table. One device is the 1 x 1 x 1 case of
-the same code.
+decided here alone, or by a config that overrides the table. One device is the 1 x 1 x 1 x 1 case
+of the same code.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hyperlora.errors import UserError
 
-AXES = ('data', 'fsdp', 'tensor')
+# From the slowest network to the fastest. Along the first two parameters are copied: `slice` is for
+# slices of TPUs, between which only gradients travel, over the network of the data centre.
+AXES = ('slice', 'data', 'fsdp', 'tensor')
+COPIES = ('slice', 'data')
+BATCH = (*COPIES, 'fsdp')  # a batch is divided over them
 
 RULES = (
     # activations
-    ('batch', ('data', 'fsdp')),
+    ('batch', BATCH),
     ('length', None),
     ('embed_activation', None),
     # parameters
@@ -45,31 +50,38 @@ _NEGLIGIBLE = 2**24  # or so many bytes: norms are much of a small model, and of
 def make_mesh(
     shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """A mesh over the axes data, fsdp and tensor.
+    """A mesh over `AXES`.
 
     Args:
-      shape: size of each axis; -1 for at most one axis takes the devices that are left.
+      shape: size of each axis, 1 if it has none; -1 for at most one axis takes the devices that
+        are left.
       devices: to build it of; None for all that there are.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or the axis `slice` cannot be
+        divided over the slices that the devices are in.
     """
-    places = devices
-    devices = jax.device_count() if places is None else len(places)
-    sizes = [shape[axis] for axis in AXES]
+    slices = collections.defaultdict(list)
+    for device in jax.devices() if devices is None else devices:
+        slices[getattr(device, 'slice_index', 0)].append(device)
+    count = sum(map(len, slices.values()))
+    sizes = [shape.get(axis, 1) for axis in AXES]
     if -1 in sizes:
-        known = 1
-        for size in sizes:
-            known *= size if size != -1 else 1
-        sizes[sizes.index(-1)] = max(devices // known, 1)
-    total = sizes[0] * sizes[1] * sizes[2]
-    if total != devices:
+        sizes[sizes.index(-1)] = max(count // max(-math.prod(sizes), 1), 1)
+    named = dict(zip(AXES, sizes, strict=True))
+    if math.prod(sizes) != count:
         raise UserError(
-            f'mesh {dict(zip(AXES, sizes, strict=True))} has {total} places for '
-            f'{devices} devices; set config.mesh'
+            f'mesh {named} has {math.prod(sizes)} places for {count} devices; set config.mesh'
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=places
+    if sizes[0] % len(slices):
+        raise UserError(
+            f'mesh {named}: the devices are in {len(slices)} slices; set config.mesh.slice to '
+            f'{len(slices)}'
+        )
+    own = (sizes[0] // len(slices), *sizes[1:])
+    parts = [jax.make_mesh(own, AXES, devices=slices[i]).devices for i in sorted(slices)]
+    return jax.sharding.Mesh(
+        np.concatenate(parts), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
     )
 
 
@@ -129,7 +141,7 @@ def replicated_bytes(tree: Any) -> dict[str, float]:
     """Bytes of each leaf that are held more often than the mesh needs, by name.
 
     A leaf that is divided into k parts, though the mesh axes fsdp and tensor have n places, counts
-    with the share `1 - k / n` of its bytes. (The axis data is for copies.)
+    with the share `1 - k / n` of its bytes. (The other axes are for copies.)
 
     Args:
       tree: arrays or abstract values, with shardings.
@@ -140,7 +152,7 @@ def replicated_bytes(tree: Any) -> dict[str, float]:
             found[_name(path)] = 0.0
             continue
         shape = leaf.sharding.mesh.shape
-        most = math.prod(shape[axis] for axis in AXES if axis != 'data')
+        most = math.prod(shape[axis] for axis in AXES if axis not in COPIES)
         parts = leaf.size // max(math.prod(leaf.sharding.shard_shape(leaf.shape)), 1)
         found[_name(path)] = nbytes(leaf) * max(1 - parts / most, 0)
     return found
@@ -181,13 +193,17 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def data_shards(mesh: jax.sharding.Mesh) -> int:
     """Over how many shards a batch is spread."""
-    return mesh.shape['data'] * mesh.shape['fsdp']
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
+    """The place of an array that is divided like a batch along one of its axes."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
 
 
 def own_groups(mesh: jax.sharding.Mesh, groups: int) -> list[int]:
     """Which of the groups of a microbatch live on devices of this process."""
-    place = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
-    found = place.addressable_devices_indices_map((groups,)).values()
+    found = batch_sharding(mesh).addressable_devices_indices_map((groups,)).values()
     return sorted({group for (rows,) in found for group in range(groups)[rows]})
 
 

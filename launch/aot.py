@@ -1,6 +1,6 @@
 """Compiles an experiment's steps for TPUs that are not there: do they fit, how fast can they be?
 
-    python -m launch.aot --config=configs/NAME.py:VARIANT [--topology=v5e:8x8] [--step=train]
+    python -m launch.aot --config=configs/NAME.py:VARIANT [--topology=2*v5e:8x8] [--step=train]
 
 Prints JSON; see `hyperlora.aot`. Needs libtpu (`pip install "hyperlora[tpu]"`), but no TPU and no
 weights. Exits with 1 if a step does not fit.
@@ -15,7 +15,9 @@ from ml_collections import config_flags
 from launch import cli
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Experiment.', lock_config=True)
-_TOPOLOGY = flags.DEFINE_string('topology', None, "Such as v5e:8x8; by default the config's.")
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', None, "Such as v5e:8x8, or 2*v5e:8x8 for two slices; by default the config's."
+)
 _STEP = flags.DEFINE_enum(
     'step', 'all', ['all', 'train', 'internalize', 'generate'], 'What to compile.'
 )

@@ -81,6 +81,56 @@ def train_step(config, base, batch) -> dict:
     }
 
 
+def packing(model, rows: int) -> dict:
+    """The loss of short examples and its gradient: packed into rows, and a padded row for each.
+
+    Both hold the same examples, so that the ratio of seconds is that of seconds per token.
+
+    Args:
+      model: a trained Text-to-LoRA; rows are as long as in its training.
+      rows: packed ones.
+    """
+    import jax
+    import numpy as np
+
+    from hyperlora.costs import matmul_flops
+    from hyperlora.meta_learning import make_learner
+    from t2l.data import pack, tokenize
+    from t2l.tasks import Example
+
+    config, base = model.config, model.base
+    length, labels = config.data.row_tokens, config.data.row_labels
+    sums = [Example(f'{n} + {n + 1}', str(2 * n + 1)) for n in range(99)]
+    examples = [tokenize(example, base.tokenizer) for example in sums]
+    packed, used = [], 0
+    for _ in range(rows):
+        packed.append(pack(examples[used:], length, labels))
+        used += int(packed[-1]['segments'].max())
+    padded = [pack([example], length, labels) for example in examples[:used]]
+    embedding = model.hypernetwork.encoder(['Add the two numbers.'])
+    learner = make_learner(config, base, 1)
+    gradient = jax.grad(learner.loss, has_aux=True)
+
+    def run(queries):
+        query = jax.tree.map(lambda *x: np.concatenate(x), *queries)
+        batch = {'context': {'embedding': embedding}, 'query': query}
+        args = model.params, {'base': base.params}, batch
+        return {
+            **measure(jax.jit(gradient), *args),
+            'gflop': matmul_flops(gradient, *args) / 1e9,
+            'rows': len(queries),
+            'share_of_tokens': float((query['segments'] > 0).mean()),
+        }
+
+    one, other = run(packed), run(padded)
+    return {
+        'examples': used,
+        'packed': one,
+        'padded': other,
+        **{f'{key}_ratio': other[key] / one[key] for key in ('seconds', 'gflop')},
+    }
+
+
 def internalise(config, base, tokens: int) -> dict:
     """From one chunk of `tokens` tokens to its LoRA, fresh weights: seconds and matrix GFLOP."""
     import flax.linen as nn
@@ -186,6 +236,7 @@ def main(_):
     }
     report('published_shape_train_step', against_original(train_step(published, base, ones), 1216))
     specializer = Specializer(trained.load(_TASK_CHECKPOINT.value, base))
+    report('packing', packing(specializer.trained, rows=4))
     for count in (1, 64):
         texts = [f'Repeat the word, followed by the number {n}.' for n in range(count)]
         embeddings = specializer.trained.hypernetwork.encoder(texts)

@@ -91,21 +91,37 @@ def chain(mesh, rows, width):
 
     weights = shape(10, width, width, spec=(None, 'fsdp'))
     gradient = jax.jit(jax.grad(loss), out_shardings=weights.sharding)
-    return gradient.lower(weights, shape(rows, width, spec=('fsdp',))).compile().as_text()
+    return gradient.lower(weights, shape(rows, width, spec=(sharding.BATCH,))).compile().as_text()
 
 
 def test_collectives_of_a_compiled_loop(needs_libtpu):
     devices = tpus.topology('v5e:2x2').devices
-    mesh = sharding.make_mesh({'data': 1, 'fsdp': 4, 'tensor': 1}, devices)
+    mesh = sharding.make_mesh({'fsdp': 4}, devices)
     found = costs.traffic(chain(mesh, 4096, 1024)).collectives
     sent = 1024 * 1024 * 2 * 3 / 4
     assert found['all-gather'] == (20, 20 * sent)  # forwards and backwards
     assert found['reduce-scatter'] == (10, 10 * sent)
 
 
+def test_collectives_between_slices(needs_libtpu):
+    devices = tpus.topology('2*v5e:2x2').devices
+    mesh = sharding.make_mesh({'slice': 2, 'fsdp': -1}, devices[::-1])
+    assert [device.slice_index for device in mesh.devices.flat] == [0] * 4 + [1] * 4
+    program = chain(mesh, 4096, 1024)
+    found = costs.traffic(program, slices=2)
+    assert found.collectives['reduce-scatter'] == (10, 10 * 1024 * 1024 * 2 * 3 / 4)
+    assert found.collectives['all-gather'][0] == 20
+    # Of the ten gradients each chip has a quarter; two that add theirs send each once.
+    assert list(found.dcn_collectives) == ['all-reduce']
+    assert found.dcn_bytes == 10 * 1024 * 1024 * 2 / 4
+    assert costs.traffic(program, slices=4).dcn_bytes == found.dcn_bytes * 3 / 2
+    with pytest.raises(UserError, match='in 2 slices; set config.mesh.slice to 2'):
+        sharding.make_mesh({'fsdp': -1}, devices)
+
+
 def test_memory_traffic_of_a_compiled_loop(needs_libtpu):
     devices = tpus.topology('v5e:1x1').devices
-    mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, devices)
+    mesh = sharding.make_mesh({}, devices)
     found = costs.traffic(chain(mesh, 16384, 8192))
     assert not found.collectives
     matrix, activations = 8192 * 8192 * 2, 16384 * 8192 * 2
@@ -124,7 +140,7 @@ def leaf(mesh, *sizes, spec=()):
 
 
 def test_what_is_replicated_by_accident_is_refused():
-    mesh = AbstractMesh((2, 4, 2), sharding.AXES)
+    mesh = AbstractMesh((2, 2, 4, 2), sharding.AXES)
     divided = leaf(mesh, 2**13, 2**13, spec=('fsdp', 'tensor'))
     half = leaf(mesh, 2**10, 2**13, spec=('fsdp',))
     whole = leaf(mesh, 2**10, 2**13)
@@ -157,7 +173,7 @@ def test_published_configs_divide_over_the_tpus_they_name(module, variant):
 
 
 def test_rules_of_a_config():
-    mesh = AbstractMesh((1, 2, 2), sharding.AXES)
+    mesh = AbstractMesh((1, 1, 2, 2), sharding.AXES)
 
     def place(base):
         return base.params['layers']['mlp']['up_proj']['kernel'].sharding.spec
@@ -172,7 +188,7 @@ def test_rules_of_a_config():
 
 
 def test_an_axis_that_cannot_be_divided_is_named():
-    mesh = AbstractMesh((1, 5, 1), sharding.AXES)
+    mesh = AbstractMesh((1, 1, 5, 1), sharding.AXES)
     with pytest.raises(
         UserError, match=r'embedding \(256000, 2304\) cannot be divided by fsdp = 5'
     ):
@@ -187,7 +203,7 @@ def test_an_axis_that_cannot_be_divided_is_named():
     [('gemma2_2b', 2.614), ('mistral_7b', 7.242), ('qwen3_4b', 4.022), ('llama3_8b', 8.030)],
 )
 def test_published_models_have_their_size(name, billions):
-    base = abstract_base(name, 'bfloat16', AbstractMesh((1, 1, 1), sharding.AXES))
+    base = abstract_base(name, 'bfloat16', AbstractMesh((1, 1, 1, 1), sharding.AXES))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(base.params))
     assert base.abstract and count / 1e9 == pytest.approx(billions, abs=1e-3)
     with pytest.raises(UserError, match=f'download {published.MODELS[name].repository}'):
@@ -195,7 +211,7 @@ def test_published_models_have_their_size(name, billions):
 
 
 def test_abstract_parameters_are_those_of_the_loaded_model(smollm2):
-    mesh = AbstractMesh((1, 1, 1), sharding.AXES)
+    mesh = AbstractMesh((1, 1, 1, 1), sharding.AXES)
     base = abstract_base('smollm2', 'float32', mesh)
     assert base.config == smollm2.config and not smollm2.abstract
 
@@ -206,7 +222,7 @@ def test_abstract_parameters_are_those_of_the_loaded_model(smollm2):
 
 
 def test_quantized_abstract_parameters():
-    mesh = AbstractMesh((1, 2, 1), sharding.AXES)
+    mesh = AbstractMesh((1, 1, 2, 1), sharding.AXES)
     base = abstract_base('gemma2_2b', 'bfloat16', mesh, 'int4')
     kernel = base.params['layers']['mlp']['up_proj']['kernel']
     assert kernel.qvalue.dtype == jnp.int4 and kernel.qvalue.shape == (26, 2304, 9216)
@@ -257,7 +273,7 @@ def check(step, chips):
         n for kind, n in step['tokens'].items() if kind != 'total'
     )
     seconds = step['seconds']
-    times = [seconds[kind] for kind in ('compute', 'memory', 'interconnect')]
+    times = [seconds[kind] for kind in ('compute', 'memory', 'interconnect', 'network')]
     assert seconds['step'] == max(times) == seconds[step['bound']]
     assert seconds['step_without_overlap'] == pytest.approx(sum(times))
     assert 0 < step['mfu_without_overlap'] < step['mfu'] <= 1
@@ -274,7 +290,7 @@ def test_a_training_step_compiles_for_tpus(needs_libtpu, tiny_model):
     found = aot.report(config, 'v5e:2x2', ['train'])
     step = found['steps']['train']
     check(step, 4)
-    assert found['chips'] == 4 and found['mesh'] == {'data': 1, 'fsdp': 4, 'tensor': 1}
+    assert found['chips'] == 4 and found['mesh'] == {'slice': 1, 'data': 1, 'fsdp': 4, 'tensor': 1}
     parts = step['bytes_per_device']
     # AdamW keeps two moments of each parameter.
     assert parts['optimizer'] == pytest.approx(2 * parts['parameters'], rel=1e-3)
@@ -283,6 +299,19 @@ def test_a_training_step_compiles_for_tpus(needs_libtpu, tiny_model):
     assert step['useful_flops'] < step['flops']  # rematerialisation
     assert step['tokens']['context'] == 4 * 5 * 64  # two documents in two parts, and the pool
     assert json.loads(json.dumps(found)) == found
+
+
+def test_only_gradients_cross_from_slice_to_slice(needs_libtpu, tiny_model):
+    config = d2l_niah.get_config('tiny')
+    config.base, config.mesh.slice = 'tiny', 2
+    config.hypernetwork.shape.latent_size = 256  # what travels is padded to 1024 numbers
+    found = aot.report(config, '2*v5e:2x2', ['train'])
+    step = found['steps']['train']
+    check(step, 8)
+    gradients = 4 * found['parameters'] / 4  # bytes of f32 in a quarter of a slice
+    sent = sum(kind['bytes'] for kind in step['dcn_collectives'].values())
+    assert 0.9 * gradients < sent < 1.2 * gradients
+    assert step['seconds']['network'] == pytest.approx(sent / found['dcn_bandwidth'])
 
 
 def test_one_that_does_not_fit_exits_with_1(needs_libtpu, tiny_model, command, monkeypatch):
@@ -294,8 +323,9 @@ def test_one_that_does_not_fit_exits_with_1(needs_libtpu, tiny_model, command, m
 
 
 def test_mistakes(needs_libtpu, tiny_model, command):
-    for name in ('v9:2x2', 'v5e', 'v5e:3x3', 'v5e:2x2x2', 'v5p:0x1x1'):
+    for name in ('v9:2x2', 'v5e', 'v5e:3x3', 'v5e:2x2x2', 'v5p:0x1x1', '0*v5e:2x2'):
         assert_mistake(command(f'--topology={name}'), name, 'known', 'v5p', 'v5e:8x8')
+    assert_mistake(command('--topology=2*v4:2x2x1'), 'slices of v4', 'not published')
     assert_mistake(command('--config.mesh.fsdp=3'), '3 places for 4 devices', 'config.mesh')
     assert_mistake(command('--config.base=gemma9'), 'unknown base model')
 

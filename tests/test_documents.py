@@ -178,7 +178,7 @@ def test_records_of_several_files(tmp_path):
 
 @pytest.fixture(scope='module')
 def teacher():
-    mesh = sharding.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
+    mesh = sharding.make_mesh({'fsdp': -1})
     return Teacher(tiny_base(), mesh, tokens_per_pass=256)
 
 

@@ -107,9 +107,7 @@ def test_scripts_are_valid_and_strict(run, script):
 
 
 def test_shellcheck(run):
-    if not shutil.which('shellcheck'):
-        pytest.skip('shellcheck is not installed')
-    run(shutil.which('shellcheck'), *_SCRIPTS)
+    run(pathlib.Path(sys.executable).with_name('shellcheck'), *_SCRIPTS)
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,31 @@ def test_groups_are_the_same_as_each_row_alone(tiny, with_shared):
         np.testing.assert_allclose(grouped[row : row + 1], wanted, atol=3e-5)
 
 
+def test_contexts_packed_in_one_row_are_the_same_as_a_row_each(tiny):
+    chunks, shared = decoder_lora(tiny, 0, rows=3), decoder_lora(tiny, 1)
+    lengths = (4, 7, 2)
+    owner = np.repeat(np.arange(3), lengths)
+    starts = np.cumsum(lengths) - lengths
+    tokens = np.random.default_rng(1).integers(4, 128, (1, len(owner))).astype(np.int32)
+    positions = np.arange(len(owner)) - starts[owner]
+    lora, weights = lora_lib.compose(chunks, shared, 1, jnp.eye(3))
+    packed = jax.jit(functools.partial(Decoder(tiny.config).apply, {'params': tiny.params}))(
+        tokens,
+        positions[None].astype(np.int32),
+        owner[None].astype(np.int32) + 1,
+        lora=lora,
+        rank_weights=weights[owner][None],
+    ).hidden[0]
+    for i in range(3):
+        mine = Lora(jax.tree.map(lambda x, i=i: x[:, i : i + 1], chunks.pairs), chunks.scaling)
+        alone = lora_lib.concatenate(mine, shared)
+        wanted = hidden(tiny, tokens[:, owner == i], lora=alone)[0]
+        assert np.abs(wanted - hidden(tiny, tokens[:, owner == i])[0]).max() > 0.1
+        np.testing.assert_allclose(
+            packed[owner == i], wanted, rtol=0, atol=1e-6 * np.abs(wanted).max()
+        )
+
+
 def merged_alone(tiny, lora, rank_weights):
     return lora_lib.merge(tiny.params, lora_lib.fold(lora, rank_weights))
 

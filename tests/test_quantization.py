@@ -266,7 +266,7 @@ def compare_meshes(folder):
         )
         one = load()
         wanted = logits(SMALL, one, tokens)
-        for shape in ((1, 4, 1), (1, 2, 2), (1, 1, 4)):
+        for shape in ((1, 1, 4, 1), (1, 1, 2, 2), (1, 1, 1, 4)):
             mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
             places = base_models.shardings(SMALL, mesh)
             params = load(shardings=places)
@@ -282,7 +282,7 @@ def compare_meshes(folder):
                 for axis in range(found.ndim):
                     if found.scale.shape[axis] == found.shape[axis]:
                         assert part[axis] == whole[axis], (path, part, whole)
-            if kind == 'int4' and shape == (1, 2, 2):  # two blocks, two devices each way
+            if kind == 'int4' and shape == (1, 1, 2, 2):  # two blocks, two devices each way
                 scale = params['layers']['attention']['q_proj']['kernel'].scale
                 assert scale.addressable_shards[0].data.shape == (3, 1, 32)
             with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):

@@ -242,7 +242,7 @@ def test_load_multimodal(folder, params):
     assert model.config == CONFIG
     assert model.images == ImageProcessor(28)
     jax.tree.map(np.testing.assert_array_equal, model.params, params)
-    mesh = sharding.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
+    mesh = sharding.make_mesh({'fsdp': -1})
     placed = base.load_multimodal(str(folder), 'bfloat16', mesh)
     kernel = placed.params['vision_tower']['layers']['mlp']['fc1']['kernel']
     assert kernel.sharding.spec == jax.P(None, 'fsdp', 'tensor')

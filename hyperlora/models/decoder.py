@@ -358,7 +358,9 @@ class Decoder(nn.Module):
         contract = functools.partial(
             jnp.einsum, '...d,vd->...v', preferred_element_type=jnp.float32
         )
-        logits = quantization.product(contract, hidden, table.embedding.astype(hidden.dtype))
+        # Tokens stay divided; else the gradient of the logits is gathered to meet a divided width.
+        embedding = nn.with_logical_constraint(table.embedding, ('vocab', None))
+        logits = quantization.product(contract, hidden, embedding.astype(hidden.dtype))
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -7,6 +7,7 @@ set -euo pipefail
 
 stopped=''
 # shellcheck disable=SC2317 # The trap calls it.
+# shellcheck disable=SC2329  # The trap calls it.
 stop() {
   stopped=1
   trap '' TERM

@@ -13,6 +13,7 @@ set -euo pipefail
 
 stopping=''
 # shellcheck disable=SC2317 # The trap calls it.
+# shellcheck disable=SC2329  # The trap calls it.
 stop() {
   stopping=1
   trap '' USR1
