@@ -145,9 +145,11 @@ def top_log_probs(
     hidden = decoder.apply({'params': params}, tokens, lora=lora).hidden
     hidden = jnp.take_along_axis(hidden, label_positions[..., None], 1)
 
-    def row(hidden):  # at a time: the logits of a vocabulary are large
+    # A label of all rows at a time: the logits of a vocabulary are large, and rows are divided over
+    # devices.
+    def place(hidden):
         logits = decoder.apply({'params': params}, hidden, method='unembed')
         return jax.lax.top_k(jax.nn.log_softmax(logits), entries)
 
-    log_probs, ids = jax.lax.map(row, hidden)
-    return ids, log_probs
+    log_probs, ids = jax.lax.map(place, hidden.swapaxes(0, 1))
+    return ids.swapaxes(0, 1), log_probs.swapaxes(0, 1)
