@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from hyperlora.sharding import RULES
 
-_LANES = 128  # of a TPU's vector unit: splash blocks are multiples of it
+_LANES = 128  # of a TPU's vector unit: splash blocks are multiples, shorter rows would be padding
 _BLOCK = 512
 
 
@@ -33,8 +33,8 @@ def find(
       softcap, `[b, s, k * q * h]`; None where XLA should attend.
     """
     platform = _platform()
-    batch, _, _, width = q.shape
-    if platform == 'tpu':
+    batch, tokens, _, width = q.shape
+    if platform == 'tpu' and tokens >= _LANES:
         kernel = splash
     elif (
         platform == 'gpu'
