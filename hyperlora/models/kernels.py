@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec
 
 from hyperlora.sharding import RULES
 
-_LANES = 128  # of a TPU's vector unit: splash blocks are multiples, shorter rows would be padding
+_LANES = 128  # of a TPU's vector unit: splash blocks are multiples of it
 _BLOCK = 512
+_SHORTEST = 256  # with fewer tokens, copies into a kernel's layout move more than scores would
 
 
 def find(
@@ -34,7 +35,7 @@ def find(
     """
     platform = _platform()
     batch, tokens, _, width = q.shape
-    if platform == 'tpu' and tokens >= _LANES:
+    if platform == 'tpu' and tokens >= _SHORTEST:
         kernel = splash
     elif (
         platform == 'gpu'
