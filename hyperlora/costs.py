@@ -284,6 +284,9 @@ def _moved(
     if at.opcode == 'copy-start':  # its result holds its operand
         size, in_memory = next(_arrays(at.shape))
         return read[0] + size * in_memory
+    if at.opcode == 'slice-start':  # so does this one's, and reads a slice of it
+        size, in_memory = list(_arrays(at.shape))[1]
+        return size * (read[0] > 0) + size * in_memory
     written = _size(at.shape)
     if at.opcode != 'fusion':
         return sum(read) + written

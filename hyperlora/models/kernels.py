@@ -18,6 +18,7 @@ from hyperlora.sharding import RULES
 
 _LANES = 128  # of a TPU's vector unit: splash blocks are multiples of it
 _BLOCK = 512
+_SHORTEST = 256  # with fewer tokens, copies into a kernel's layout move more than scores would
 
 
 def find(
@@ -33,8 +34,8 @@ def find(
       softcap, `[b, s, k * q * h]`; None where XLA should attend.
     """
     platform = _platform()
-    batch, _, _, width = q.shape
-    if platform == 'tpu':
+    batch, tokens, _, width = q.shape
+    if platform == 'tpu' and tokens >= _SHORTEST:
         kernel = splash
     elif (
         platform == 'gpu'
