@@ -126,10 +126,10 @@ def compare_meshes():
     assert jax.device_count() == 4
     case = CASES['all']
     wanted = result_and_gradient(Q, K, V, **case), adapted(TOKENS, SEGMENTS)
-    for shape in ((2, 2, 1), (1, 2, 2)):
+    for shape in ((1, 2, 2, 1), (2, 1, 1, 2)):
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
-        heads = jax.NamedSharding(mesh, jax.P(('data', 'fsdp'), None, 'tensor'))
-        rows = jax.NamedSharding(mesh, jax.P(('data', 'fsdp')))
+        heads = jax.NamedSharding(mesh, jax.P(sharding.BATCH, None, 'tensor'))
+        rows = sharding.batch_sharding(mesh)
         q, k, v = jax.device_put((Q, K, V), heads)
         segments = jax.device_put(SEGMENTS, rows)
         with jax.set_mesh(mesh), sharding.rules(), interpreted():
@@ -152,7 +152,7 @@ def test_what_no_kernel_can_do_is_left_to_xla():
     with interpreted():
         assert uses_a_kernel(Q, K, V)
         assert not uses_a_kernel(Q, K, V, groups=groups)
-        for shape, kernel in ((1, 4, 1), True), ((2, 4, 1), False), ((1, 1, 4), False):
+        for shape, kernel in ((1, 1, 4, 1), True), ((1, 2, 4, 1), False), ((1, 1, 1, 4), False):
             mesh = jax.sharding.AbstractMesh(shape, sharding.AXES)  # of 4 rows, 2 kv heads
             with jax.sharding.use_abstract_mesh(mesh):
                 assert uses_a_kernel(Q, K, V) == kernel
