@@ -219,6 +219,8 @@ def main(_):
     published = d2l_niah.get_config('smollm2')
     published.hypernetwork = d2l_niah.get_config('gemma2_2b').hypernetwork
     published.hypernetwork.encoder.num_layers = config.hypernetwork.encoder.num_layers
+    published.hypernetwork.dtype = 'float32'
+    published.hypernetwork.shape.remat = 'none'
     published.remat = 'dots'
     report(
         'published_shape_internalise_512_tokens',
