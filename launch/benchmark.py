@@ -163,7 +163,8 @@ def main(_):
     from t2l.specialize import Specializer
 
     model = trained.load(_CHECKPOINT.value)
-    base, config = model.base, model.config
+    # Not the checkpoint's config, which may be older than the training step.
+    base, config = model.base, d2l_niah.get_config('smollm2')
     results = {'devices': [str(d) for d in jax.devices()], 'jax': jax.__version__}
 
     def report(name, value):
