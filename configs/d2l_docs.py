@@ -136,14 +136,11 @@ def _published(base: str, topology: str, mesh: dict[str, int]) -> ConfigDict:
 
 def _in_chunks(config: ConfigDict) -> None:
     """The second stage: 20,000 steps on documents in 1 to 8 chunks."""
-    config.optimizer.update({'learning_rate': 2e-5, 'warmup_steps': 2000, 'steps': 20_000})
-    config.data.update(
-        {
-            'steps': 20_000,
-            'group_tokens': 2048,
-            'chunks': (0.5, 0.125, *[0.0625] * 6),
-        }
-    )
+    steps = config.data.steps // 4
+    config.optimizer.update({'steps': steps, 'warmup_steps': steps // 10})
+    config.optimizer.learning_rate /= 2
+    config.data.update({'steps': steps, 'chunks': (0.5, 0.125, *[0.0625] * 6)})
+    config.data.group_tokens //= 2
     config.accumulate *= 2
     config.objective.max_chunks = 8
     config.chunk_length = 512
@@ -167,7 +164,7 @@ def _tiny() -> ConfigDict:
     )
     config.data.update(
         {
-            'steps': 6,
+            'steps': 8,
             'group_tokens': 256,
             'context_tokens': (128, 256),
             'query_tokens': 64,
@@ -175,7 +172,7 @@ def _tiny() -> ConfigDict:
             'teacher_tokens': 384,
         }
     )
-    config.optimizer.update({'steps': 6, 'warmup_steps': 1})
+    config.optimizer.update({'steps': 8, 'warmup_steps': 1})
     config.log_every = 1
     config.checkpoint_every = 2
     return config

@@ -10,6 +10,7 @@ import pytest
 from conftest import tiny_base, tiny_training
 from ml_collections import ConfigDict
 
+from configs import d2l_docs
 from d2l import distillation, docs, documents, records
 from d2l.distillation import Settings, Teacher
 from d2l.docs import DocumentGroups
@@ -18,6 +19,7 @@ from d2l.records import Query, Record, Records
 from hyperlora import meta_learning, objectives, sharding
 from hyperlora.errors import UserError
 from hyperlora.generation import answer, top_log_probs
+from hyperlora.models.base import load_base
 from hyperlora.models.decoder import Decoder
 
 # ------------------------------------------------------------------------------------- readers
@@ -388,3 +390,41 @@ def test_entries_of_the_top(teacher):
     )
     assert ids.shape == log_probs.shape == (2, 1, 7)
     assert (np.diff(log_probs, axis=-1) <= 0).all()
+
+
+def test_two_stages(tmp_path):
+    """Records of the real model, a training on them, and one in chunks from those weights."""
+    base = load_base('smollm2', jnp.float32)
+    mesh = sharding.make_mesh({'fsdp': -1})
+    sources = [
+        Document(f'{n}', 'Ann sings. ' * n, (Question('Who sings?', ('Ann',)),)) for n in (4, 9)
+    ]
+    settings = Settings(answers='given', entries=objectives.TEACHER_ENTRIES)
+    made = distillation.records(Teacher(base, mesh, 512), base.tokenizer, sources, settings)
+    meta = {'base_fingerprint': base.fingerprint}
+    folder = tmp_path / 'records'
+    folder.mkdir()
+    assert records.write_shard(records.shard_path(folder, 0, 1), made, meta) == 2
+    before = None
+    for variant in (f'tiny,{folder}', f'tiny_chunks,{folder},{tmp_path / "tiny"}'):
+        config = d2l_docs.get_config(variant)
+        workdir = tmp_path / variant.split(',')[0]
+        state = meta_learning.train(config, str(workdir))
+        values = json.loads((workdir / 'metrics.jsonl').read_text().splitlines()[-1])
+        assert values['step'] == config.optimizer.steps and 0 < values['loss'] < 20
+        assert config.init_from == (str(tmp_path / 'tiny') if before else '')
+        before = state
+    assert config.objective.max_chunks == len(config.data.chunks) == 8
+
+
+@pytest.mark.parametrize(
+    'argument, message',
+    [
+        ('large,R', 'unknown variant'),
+        ('tiny', 'name the records'),
+        ('tiny_chunks,R', "first stage's workdir"),
+    ],
+)
+def test_bad_configs(argument, message):
+    with pytest.raises(UserError, match=message):
+        d2l_docs.get_config(argument)
