@@ -14,6 +14,7 @@ import functools
 
 from ml_collections import ConfigDict
 
+from configs import d2l_niah
 from hyperlora.errors import UserError
 
 
@@ -49,89 +50,34 @@ def get_config(argument: str = '') -> ConfigDict:
 
 
 def _published(base: str, topology: str, mesh: dict[str, int]) -> ConfigDict:
-    """The first stage: 80,000 steps of 64 packed rows, each of 4,096 tokens of documents.
+    """The first stage: 80,000 steps of 64 packed rows, each of 4,096 tokens of documents. What it
+    shares with needles is said there.
 
     Args:
       topology, mesh: the TPUs that it is made for.
     """
-    steps = 80_000
-    return ConfigDict(
+    config = d2l_niah.published(base, topology, mesh)
+    config.name = 'd2l_docs'
+    config.hypernetwork.encoder.name = 'per_layer_activations'
+    config.hypernetwork.shape.update({'num_latents': 8, 'num_blocks': 9})
+    config.objective = ConfigDict({'name': 'top_k_distillation', 'l1': 0.1, 'max_chunks': 1})
+    config.data = ConfigDict(
         {
-            'name': 'd2l_docs',
-            'base': base,
-            'base_dtype': 'bfloat16',
-            'base_quantization': 'none',  # or 'int8', 'int4': of kernels and embeddings
-            'seed': 0,
-            'topology': topology,  # that `launch.aot` compiles for
-            'mesh': {'slice': 1, 'data': 1, 'fsdp': 1, 'tensor': 1, **mesh},
-            'remat': 'full',
-            'neftune': 0.0,
-            'init_from': '',  # weights to start from: a name, an export or a workdir
-            'groups': 1,  # packed rows per data shard
-            'accumulate': 1,
-            'log_every': 10,
-            'checkpoint_every': 500,
-            'keep_checkpoints': 2,
-            'hypernetwork': {
-                'name': 'doc_to_lora',
-                'dtype': 'bfloat16',  # that it computes in
-                # `model`: the name of another model that reads the documents.
-                'encoder': {
-                    'name': 'per_layer_activations',
-                    'model': '',
-                    'dtype': 'bfloat16',
-                    'quantization': 'none',
-                },
-                'modules': ('down_proj',),
-                'shape': {
-                    'rank': 8,
-                    'scaling': 2 * 8**1.5,
-                    'latent_size': 512,
-                    'num_latents': 8,
-                    'num_blocks': 9,
-                    'num_heads': 16,
-                    'num_kv_heads': 4,
-                    'head_dim': 128,
-                    'num_pre_head_layers': 1,
-                    'per_layer_processing': True,
-                    'gate': False,
-                    'scaler_b': 0.0,
-                    'remat': 'full',
-                },
-            },
-            'objective': {'name': 'top_k_distillation', 'l1': 0.1, 'max_chunks': 1},
-            'optimizer': {
-                'learning_rate': 4e-5,
-                'end_learning_rate': 1e-7,
-                'warmup_steps': 100,
-                'steps': steps,
-                'weight_decay': 0.01,
-                'b1': 0.9,
-                'b2': 0.999,
-                'clip_norm': 1.0,
-            },
-            'data': {
-                'name': 'documents',
-                'records': '',
-                'steps': steps,
-                'teacher': 'stored',  # or 'online': asked in the training step
-                'group_tokens': 4096,
-                'context_tokens': (256, 512, 1024, 2048),
-                'chunks': (1.0,),
-                'queries': 1,
-                'query_tokens': 256,
-                'answer_tokens': 128,
-                'teacher_tokens': 2304,
-            },
-            # How `launch.adapt` and the evaluation cut documents.
-            'chunk_length': 1024,
-            # Tokens around every chunk, as a chat template would put them.
-            'chunk_prefix': (),
-            'chunk_suffix': (),
-            # Gates below it are shut then; see `DocToLora`.
-            'min_gate': 0.0,
+            'name': 'documents',
+            'records': '',
+            'steps': 80_000,
+            'teacher': 'stored',  # or 'online': asked in the training step
+            'group_tokens': 4096,
+            'context_tokens': (256, 512, 1024, 2048),
+            'chunks': (1.0,),
+            'queries': 1,
+            'query_tokens': 256,
+            'answer_tokens': 128,
+            'teacher_tokens': 2304,
         }
     )
+    config.optimizer.steps = config.data.steps
+    return config
 
 
 def _in_chunks(config: ConfigDict) -> None:

@@ -25,22 +25,23 @@ def get_config(variant: str = 'smollm2') -> ConfigDict:
     variants = {
         'smollm2': _smollm2,
         'tiny': _tiny,
-        'gemma2_2b': lambda: _published('gemma2_2b', 6, 'v5e:2x2', {'fsdp': 4}, 4),
-        'mistral_7b': lambda: _published('mistral_7b', 8, 'v5p:4x4x4', {'fsdp': 16, 'tensor': 4}),
-        'qwen3_4b': lambda: _published('qwen3_4b', 9, 'v5e:2x4', {'fsdp': 8}, 2),
+        'gemma2_2b': lambda: published('gemma2_2b', 'v5e:2x2', {'fsdp': 4}, 6, 4),
+        'mistral_7b': lambda: published('mistral_7b', 'v5p:4x4x4', {'fsdp': 16, 'tensor': 4}, 8),
+        'qwen3_4b': lambda: published('qwen3_4b', 'v5e:2x4', {'fsdp': 8}, 9, 2),
     }
     if variant not in variants:
         raise UserError(f'unknown variant {variant!r} of d2l_niah; known: {", ".join(variants)}')
     return variants[variant]()
 
 
-def _published(
-    base: str, early_exit: int, topology: str, mesh: dict[str, int], accumulate: int = 1
+def published(
+    base: str, topology: str, mesh: dict[str, int], early_exit: int = 0, accumulate: int = 1
 ) -> ConfigDict:
     """The settings of the paper: 640,000 contexts of 32 to 256 tokens, once.
 
     Args:
       topology, mesh: the TPUs that it is made for.
+      early_exit: layers of the encoder that read a context.
       accumulate: so that there are 128 contexts in a step.
     """
     contexts = 8  # of a packed row: 8 chunks each of rank 8 make a rank of 512
@@ -132,7 +133,7 @@ def _published(
 def _smollm2() -> ConfigDict:
     """Differs from the published settings in size, in the gate, and in a curriculum: first the
     bare needle, then haystacks, then needle-free chunks that count many times over."""
-    config = _published('smollm2', 7, 'v5e:2x2', {'fsdp': -1})
+    config = published('smollm2', 'v5e:2x2', {'fsdp': -1}, 7)
     config.base_dtype = config.hypernetwork.dtype = 'float32'
     config.remat = config.hypernetwork.shape.remat = 'none'
     config.hypernetwork.shape.update(

@@ -18,6 +18,8 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'Documents.', lock_con
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the records.')
 flags.mark_flags_as_required(['config', 'output'])
 
+_HARMLESS = ('mesh', 'tokens_per_pass')  # they do not change what is made
+
 
 def main(_):
     with distributed.together():
@@ -75,9 +77,6 @@ def generate():
             f'ETA {left / 60:.0f} min',
             flush=True,
         )
-
-
-_HARMLESS = ('mesh', 'tokens_per_pass')  # they do not change what is made
 
 
 if __name__ == '__main__':
