@@ -18,11 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from d2l import passages
 from d2l.documents import Document, Question
 from d2l.prompts import in_context_prompt
 from d2l.records import Query, Record
 from hyperlora import sharding
 from hyperlora.generation import bucket, greedy, top_log_probs
+from hyperlora.lora import Lora
 from hyperlora.models.base import BaseModel
 from hyperlora.models.decoder import Decoder
 
@@ -37,13 +39,21 @@ _QUESTION = re.compile(r'^\W*(?:Question\W+)?(?:\d+\W+)?(\w[^?\n]{8,200}\?)', re
 class Teacher:
     """The frozen model, reading prompts of many lengths in batches of few shapes on a mesh."""
 
-    def __init__(self, base: BaseModel, mesh: jax.sharding.Mesh, tokens_per_pass: int):
+    def __init__(
+        self,
+        base: BaseModel,
+        mesh: jax.sharding.Mesh,
+        tokens_per_pass: int,
+        lora: Lora | None = None,
+    ):
         """
         Args:
           base: its parameters lie on the mesh.
           tokens_per_pass: bounds the rows of a batch, and so the memory.
+          lora: of one row, that the model reads with.
         """
         self.base, self.mesh, self.tokens_per_pass = base, mesh, tokens_per_pass
+        self.lora = None if lora is None else jax.device_put(lora, sharding.replicated(mesh))
         self._decoder = Decoder(base.config)
         self._rows = sharding.batch_sharding(mesh)
 
@@ -82,6 +92,7 @@ class Teacher:
                     *jax.device_put((tokens, lengths), self._rows),
                     eos,
                     max_new_tokens,
+                    self.lora,
                 )
             return np.asarray(out)
 
@@ -110,6 +121,7 @@ class Teacher:
                     self.base.params,
                     *jax.device_put((tokens, places), self._rows),
                     entries,
+                    self.lora,
                 )
             return jax.tree.map(np.asarray, out)
 
@@ -125,7 +137,8 @@ class Settings:
     """How records are made.
 
     Attributes:
-      questions: `given`, those of the documents; `generated`, asked by the teacher; or `both`.
+      questions: `given`, those of the documents; `generated`, asked by the teacher; `both`; or
+        `passages`, which fill gaps and complete sentences (`d2l.passages`).
       questions_per_document: how many to generate; of given ones all are kept.
       answers: `given`, the first accepted one, or `generated` by the teacher.
       max_answer_tokens: answers that have not ended by then are left out.
@@ -140,12 +153,12 @@ class Settings:
 
     def __post_init__(self):
         for name, known in (
-            ('questions', ('given', 'generated', 'both')),
+            ('questions', ('given', 'generated', 'both', 'passages')),
             ('answers', ('given', 'generated')),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f'{name} must be one of {", ".join(known)}')
-        if self.questions != 'given' and self.answers == 'given':
+        if self.questions in ('generated', 'both') and self.answers == 'given':
             raise ValueError('generated questions have no given answers')
 
 
@@ -183,7 +196,12 @@ def records(
 
 def _block(teacher, context_tokenizer, documents, settings):
     base = teacher.base
-    if settings.questions != 'given':
+    if settings.questions == 'passages':
+        documents = [
+            dataclasses.replace(d, questions=passages.ask(d, settings.questions_per_document))
+            for d in documents
+        ]
+    elif settings.questions != 'given':
         asked = ask(teacher, documents, settings.questions_per_document)
         if settings.questions == 'both':
             asked = [

@@ -8,13 +8,14 @@ Source: Doc-to-LoRA (arXiv 2602.15902), section 3.3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from d2l import chunking
-from d2l.records import Query, Record, Records
+from d2l.records import Joined, Record, load
 from hyperlora.errors import UserError
 from hyperlora.models.base import BaseModel
 from hyperlora.objectives import TEACHER_ENTRIES
@@ -29,7 +30,7 @@ class DocumentGroups:
     same odds: there is no epoch.
     """
 
-    def __init__(self, records: Records, config: ConfigDict, seed: int, groups_per_step: int):
+    def __init__(self, records: Joined, config: ConfigDict, seed: int, groups_per_step: int):
         """
         Args:
           config: `context_tokens`, the upper ends of the buckets of length: longer documents are
@@ -39,8 +40,7 @@ class DocumentGroups:
             training step.
 
         Raises:
-          UserError: no documents that are short enough, or records without the opinion of a
-            teacher.
+          UserError: no documents that are short enough.
         """
         self.records, self.config = records, config
         self.seed, self.groups_per_step = seed, groups_per_step
@@ -52,11 +52,6 @@ class DocumentGroups:
             raise UserError(
                 f'the records hold no document of up to {config.context_tokens[-1]} tokens: '
                 'raise data.context_tokens or cut the documents'
-            )
-        if config.teacher == 'stored' and records[0].queries[0].teacher_ids is None:
-            raise UserError(
-                'the records hold no log-probabilities: make them with settings.entries, or train '
-                "with data.teacher='online'"
             )
 
     def __len__(self) -> int:
@@ -90,36 +85,56 @@ class DocumentGroups:
         return _item({'tokens': tokens, 'mask': mask}, query)
 
     def _queries(self, rng: np.random.Generator, document: Record) -> dict[str, np.ndarray]:
-        """The rows of a document's questions; each context weighs 1 in all, whatever it has."""
-        c = self.config
-        fit = [
-            i
-            for i, query in enumerate(document.queries)
-            if len(query.prompt) + len(query.answer) - 1 <= c.query_tokens
-            and len(query.answer) <= c.answer_tokens
-            and len(document.teacher_prompts[i]) + len(query.answer) - 1 <= c.teacher_tokens
-        ]
-        chosen = rng.permutation(fit)[: c.queries]
-        stored = c.teacher == 'stored'
-        entries = document.queries[0].teacher_ids.shape[-1] if stored else 0
-        rows = _rows(c, c.queries, entries)
-        for row, number in enumerate(chosen):
-            query: Query = document.queries[number]
-            count, start = len(query.answer), len(query.prompt)
-            text = np.concatenate([query.prompt, query.answer[:-1]])
-            rows['tokens'][row, : len(text)] = text
-            rows['labels'][row, :count] = query.answer
-            rows['label_positions'][row, :count] = start - 1 + np.arange(count)
-            rows['label_weights'][row, :count] = 1 / (count * len(chosen))
-            if stored:
-                rows['teacher_ids'][row, :count] = query.teacher_ids
-                rows['teacher_log_probs'][row, :count] = query.teacher_log_probs
-            else:
-                prompt = document.teacher_prompts[number]
-                text = np.concatenate([prompt, query.answer[:-1]])
-                rows['teacher_tokens'][row, : len(text)] = text
-                rows['teacher_label_positions'][row, :count] = len(prompt) - 1 + np.arange(count)
-        return rows
+        """The rows of some of a document's questions."""
+        fit = rng.permutation(
+            [i for i in range(len(document.queries)) if fits(self.config, document, i)]
+        )
+        return rows_of(self.config, document, fit[: self.config.queries], self.config.queries)
+
+
+def fits(config: ConfigDict, document: Record, number: int) -> bool:
+    """Whether a question is short enough; see `DocumentGroups`."""
+    query = document.queries[number]
+    return (
+        len(query.prompt) + len(query.answer) - 1 <= config.query_tokens
+        and len(query.answer) <= config.answer_tokens
+        and (
+            config.teacher == 'stored'
+            or len(document.teacher_prompts[number]) + len(query.answer) - 1
+            <= config.teacher_tokens
+        )
+    )
+
+
+def rows_of(
+    config: ConfigDict, document: Record, numbers: Sequence[int], count: int
+) -> dict[str, np.ndarray]:
+    """Questions of a document as `count` rows; what they weigh adds up to 1.
+
+    An answer of which no teacher has an opinion is certain.
+    """
+    rows = _rows(config, count)
+    for row, number in enumerate(numbers):
+        query = document.queries[number]
+        length, start = len(query.answer), len(query.prompt)
+        text = np.concatenate([query.prompt, query.answer[:-1]])
+        rows['tokens'][row, : len(text)] = text
+        rows['labels'][row, :length] = query.answer
+        rows['label_positions'][row, :length] = start - 1 + np.arange(length)
+        rows['label_weights'][row, :length] = 1 / (length * len(numbers))
+        if config.teacher == 'online':
+            prompt = document.teacher_prompts[number]
+            text = np.concatenate([prompt, query.answer[:-1]])
+            rows['teacher_tokens'][row, : len(text)] = text
+            rows['teacher_label_positions'][row, :length] = len(prompt) - 1 + np.arange(length)
+        elif query.teacher_ids is None:
+            rows['teacher_ids'][row, :length, 0] = query.answer
+            rows['teacher_log_probs'][row, :length, 0] = 0
+        else:
+            entries = min(query.teacher_ids.shape[1], TEACHER_ENTRIES)  # the likeliest come first
+            rows['teacher_ids'][row, :length, :entries] = query.teacher_ids[:, :entries]
+            rows['teacher_log_probs'][row, :length, :entries] = query.teacher_log_probs[:, :entries]
+    return rows
 
 
 def _split(
@@ -147,7 +162,7 @@ def example(config: ConfigDict, base: BaseModel, encoder: BaseModel) -> dict[str
     parts, longest = len(config.chunks), config.context_tokens[0]
     contexts = _contexts(config, longest)
     shape = (contexts * parts, -(-longest // parts))
-    rows = _rows(config, contexts * config.queries, TEACHER_ENTRIES)
+    rows = _rows(config, contexts * config.queries)
     weights = np.zeros((contexts * config.queries, contexts * parts), np.float32)
     context = {'tokens': np.zeros(shape, np.int32), 'mask': np.ones(shape, bool)}
     return _item(context, {**rows, 'chunk_weights': weights})
@@ -159,19 +174,22 @@ def build(
     """The groups of a training; see `hyperlora.data`.
 
     Raises:
-      UserError: records that are unfinished, or made for another base model; see `DocumentGroups`.
+      UserError: answers of a teacher whose opinion is lacking; see `records.load` and
+        `DocumentGroups`.
     """
-    records = Records(config.records)
-    made_by = records.meta['base_fingerprint']
-    if made_by != base.fingerprint:
-        raise UserError(
-            f'{config.records} holds answers of the model {made_by}, not of {base.fingerprint} '
-            f'({base.name}): make them with launch.generate_data'
-        )
-    return DocumentGroups(records, config, seed, groups_per_step)
+    joined = load(config.records, base)
+    for records in joined.folders:
+        settings = records.meta['config']['settings']
+        if config.teacher == 'stored' and settings['answers'] == 'generated':
+            if not settings['entries']:
+                raise UserError(
+                    f'{records.folder} holds no log-probabilities: make it with settings.entries, '
+                    "or train with data.teacher='online'"
+                )
+    return DocumentGroups(joined, config, seed, groups_per_step)
 
 
-def _rows(config: ConfigDict, count: int, entries: int) -> dict[str, np.ndarray]:
+def _rows(config: ConfigDict, count: int) -> dict[str, np.ndarray]:
     """Rows without a question, which weigh nothing."""
     c = config
     rows = {
@@ -181,7 +199,7 @@ def _rows(config: ConfigDict, count: int, entries: int) -> dict[str, np.ndarray]
         'label_weights': np.zeros((count, c.answer_tokens), np.float32),
     }
     if c.teacher == 'stored':
-        shape = (count, c.answer_tokens, entries)
+        shape = (count, c.answer_tokens, TEACHER_ENTRIES)
         rows['teacher_ids'] = np.zeros(shape, np.int32)
         rows['teacher_log_probs'] = np.full(shape, -1e4, np.float32)
     else:

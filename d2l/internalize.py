@@ -109,6 +109,19 @@ class Internalizer:
     def __call__(self, document: Sequence[int]) -> Lora:
         """The LoRA of a document, one row: all its chunks along the rank, and the shared LoRA.
 
+        Raises:
+          UserError: the document is empty.
+        """
+        return self.with_shared(self.chunks(document))
+
+    def with_shared(self, *documents: Lora) -> Lora:
+        """LoRAs of `chunks` in one, with the LoRA that all documents share, which counts once."""
+        shared = () if self.shared is None else (self.shared,)
+        return lora_lib.compact(lora_lib.concatenate(*documents, *shared))
+
+    def chunks(self, document: Sequence[int]) -> Lora:
+        """The LoRA of a document, one row: all its chunks along the rank, nothing else.
+
         A chunk that occurs k times is encoded once and counted k times. The memory of long
         documents is bounded: a rank beyond what a delta can have is folded away, exactly.
 
@@ -124,9 +137,7 @@ class Internalizer:
             weights = jnp.asarray([[counts[c] for c in kept]], jnp.float32)
             part = lora_lib.fold(*lora_lib.compose(loras, None, 1, weights))
             whole = part if whole is None else lora_lib.compact(lora_lib.concatenate(whole, part))
-        if self.shared is not None:
-            whole = lora_lib.concatenate(whole, self.shared)
-        return lora_lib.compact(whole)
+        return whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from hyperlora.errors import UserError
+from hyperlora.models.base import BaseModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +152,7 @@ class Records:
     """Random access to the records of a folder.
 
     Attributes:
+      folder: where they are.
       lengths: `[n]`, tokens of each context.
       meta: what all records were made with.
     """
@@ -160,6 +162,7 @@ class Records:
         Raises:
           UserError: no records there, an unfinished file, or files of different makings.
         """
+        self.folder = folder
         root = pathlib.Path(folder).expanduser()
         files = sorted(root.glob('documents-*.array_record'))
         if not files:
@@ -189,3 +192,40 @@ class Records:
 
     def __getitem__(self, index: int) -> Record:
         return Record.from_bytes(self._source[int(index)])
+
+
+class Joined:
+    """Records of several folders, one after the other.
+
+    Attributes:
+      lengths: `[n]`, tokens of each context.
+    """
+
+    def __init__(self, folders: Sequence[Records]):
+        self.folders = folders
+        self.lengths = np.concatenate([records.lengths for records in folders])
+        self._ends = np.cumsum([len(records) for records in folders])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Record:
+        folder = int(np.searchsorted(self._ends, index, side='right'))
+        return self.folders[folder][index - int(self._ends[folder]) + len(self.folders[folder])]
+
+
+def load(folders: str, base: BaseModel) -> Joined:
+    """The records of a folder, or of several with commas between, for a base model.
+
+    Raises:
+      UserError: records that are unfinished, or made for another base model.
+    """
+    found = [Records(folder) for folder in folders.split(',')]
+    for records in found:
+        made_by = records.meta['base_fingerprint']
+        if made_by != base.fingerprint:
+            raise UserError(
+                f'{records.folder} holds answers of the model {made_by}, not of '
+                f'{base.fingerprint} ({base.name}): make them with launch.generate_data'
+            )
+    return Joined(found)

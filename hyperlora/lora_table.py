@@ -19,6 +19,7 @@ from hyperlora import lora
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.lora import Lora, LoraPair
 from hyperlora.models.base import BaseModel
+from hyperlora.trained import Trained
 
 
 class LoraTable(nn.Module):
@@ -78,3 +79,10 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
         return context['task'], None
 
     return Hypernetwork(module, base, encode, {'task': np.zeros(1, np.int32)})
+
+
+def entries(table: Trained, *numbers: int) -> Lora:
+    """Entries of a trained table as a Lora, one row each."""
+    return table.hypernetwork.generate(table.params, None, {'task': np.asarray(numbers, np.int32)})[
+        0
+    ]

@@ -94,8 +94,9 @@ def packing(model, rows: int) -> dict:
     import numpy as np
 
     from hyperlora.costs import matmul_flops
+    from hyperlora.data.packing import pack
     from hyperlora.meta_learning import make_learner
-    from t2l.data import pack, tokenize
+    from t2l.data import tokenize
     from t2l.tasks import Example
 
     config, base = model.config, model.base

@@ -33,7 +33,7 @@ def generate():
     import jax.numpy as jnp
 
     from d2l import distillation, documents, records
-    from hyperlora import sharding
+    from hyperlora import lora_table, sharding, trained
     from hyperlora.models.base import load_base, load_encoder
 
     try:
@@ -63,7 +63,10 @@ def generate():
     tokenizer = base.tokenizer
     if config.encoder:
         tokenizer = load_encoder(config.encoder, config.base_dtype, mesh).tokenizer
-    teacher = distillation.Teacher(base, mesh, config.tokens_per_pass)
+    reader = None
+    if config.reader:
+        reader = lora_table.entries(trained.load(config.reader, base).require('lora_table'), 0)
+    teacher = distillation.Teacher(base, mesh, config.tokens_per_pass, reader)
     begun, done = time.perf_counter(), 0
     for number, (shard, path) in enumerate(todo, start=1):
         own = found[shard :: config.shards]

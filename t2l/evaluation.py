@@ -21,6 +21,7 @@ from hyperlora.errors import UserError
 from hyperlora.evaluation import record
 from hyperlora.generation import answer, bucket
 from hyperlora.lora import Lora
+from hyperlora.lora_table import entries
 from hyperlora.models.base import BaseModel
 from hyperlora.trained import Trained
 from t2l.collections import READERS, SAME_TASK
@@ -73,11 +74,6 @@ class Methods:
         if table is None:
             raise UserError(f'this method needs --config.{name}=CHECKPOINT (configs/t2l.py:{name})')
         return table
-
-    @staticmethod
-    def _entries(table: Trained, *numbers: int) -> Lora:
-        tasks = {'task': np.asarray(numbers, np.int32)}
-        return table.hypernetwork.generate(table.params, None, tasks)[0]
 
     def _answer(
         self, examples: Sequence[Example], lora: Lora | None = None, before='', after=''
@@ -139,7 +135,7 @@ class Methods:
 
     def multitask(self, task, seed, examples) -> list[str]:
         """One LoRA trained on all tasks."""
-        return self._answer(examples, self._entries(self._table('multitask'), 0))
+        return self._answer(examples, entries(self._table('multitask'), 0))
 
     def per_task(self, task, seed, examples) -> list[str] | None:
         """The LoRA trained on this task alone: the oracle."""
@@ -147,12 +143,12 @@ class Methods:
         names = list(table.config.data.tasks)
         if task.name not in names:
             return None
-        return self._answer(examples, self._entries(table, names.index(task.name)))
+        return self._answer(examples, entries(table, names.index(task.name)))
 
     def average(self, task, seed, examples) -> list[str]:
         """The mean of A and of B over the LoRAs of all tasks."""
         table = self._table('per_task')
-        loras = self._entries(table, *range(len(table.config.data.tasks)))
+        loras = entries(table, *range(len(table.config.data.tasks)))
         mean = jax.tree.map(lambda x: x.mean(1, keepdims=True), loras.pairs)
         return self._answer(examples, loras.replace(pairs=mean))
 

@@ -1,5 +1,6 @@
 """Documents: readers, records, the teacher, and training data made of them."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -11,12 +12,12 @@ from conftest import tiny_base, tiny_training
 from ml_collections import ConfigDict
 
 from configs import d2l_docs
-from d2l import distillation, docs, documents, records
+from d2l import distillation, docs, documents, passages, reading, records
 from d2l.distillation import Settings, Teacher
 from d2l.docs import DocumentGroups
 from d2l.documents import Document, Question
 from d2l.records import Query, Record, Records
-from hyperlora import meta_learning, objectives, sharding
+from hyperlora import lora, meta_learning, objectives, sharding
 from hyperlora.errors import UserError
 from hyperlora.generation import answer, top_log_probs
 from hyperlora.models.base import load_base
@@ -322,8 +323,9 @@ def test_groups(tmp_path, kind):
                 np.testing.assert_array_equal(places, start - 1 + np.arange(count))
                 if kind == 'stored':
                     np.testing.assert_array_equal(
-                        query['teacher_ids'][row, :count], known.teacher_ids
+                        query['teacher_ids'][row, :count, :3], known.teacher_ids
                     )
+                    assert (query['teacher_log_probs'][row, :count, 3:] < -1e3).all()
                 else:
                     prompt = own[0].teacher_prompts[at]
                     teacher = item['teacher']
@@ -339,13 +341,120 @@ def test_groups(tmp_path, kind):
 
 
 def test_records_that_do_not_serve(tmp_path):
-    source = fill(tmp_path, entries=0)
-    with pytest.raises(UserError, match='hold no log-probabilities'):
-        DocumentGroups(source, CONFIG, 0, 1)
+    source = fill(tmp_path)
     with pytest.raises(UserError, match='no document of up to 4 tokens'):
         DocumentGroups(source, ConfigDict({**CONFIG, 'context_tokens': (2, 4)}), 0, 1)
     with pytest.raises(UserError, match='stored. or .online'):
         DocumentGroups(source, ConfigDict({**CONFIG, 'teacher': 'none'}), 0, 1)
+
+
+def write_records(folder, made, base, settings):
+    folder.mkdir()
+    meta = {
+        'base_fingerprint': base.fingerprint,
+        'config': {'settings': dataclasses.asdict(settings)},
+    }
+    assert records.write_shard(records.shard_path(folder, 0, 1), made, meta) > 0
+    return folder
+
+
+def test_records_of_several_folders(tmp_path, tiny):
+    given = Settings(answers='given', entries=0)
+    folders = [
+        write_records(tmp_path / name, [record(f'{name}{n}', n) for n in lengths], tiny, given)
+        for name, lengths in (('a', (5, 6)), ('b', (7, 8, 9)))
+    ]
+    joined = records.load(','.join(map(str, folders)), tiny)
+    assert joined.lengths.tolist() == [5, 6, 7, 8, 9]
+    assert [joined[i].name for i in range(len(joined))] == ['a5', 'a6', 'b7', 'b8', 'b9']
+    with pytest.raises(IndexError):
+        joined[5]
+    with pytest.raises(UserError, match='holds answers of the model'):
+        records.load(str(folders[0]), dataclasses.replace(tiny, fingerprint='other'))
+
+
+def test_generated_answers_need_an_opinion(tmp_path, tiny):
+    settings = Settings(entries=0)
+    folder = write_records(tmp_path / 'a', [record(entries=0)], tiny, settings)
+    config = ConfigDict({**CONFIG, 'records': str(folder)})
+    with pytest.raises(UserError, match='holds no log-probabilities'):
+        docs.build(config, tiny, tiny, 0, 1)
+    config.teacher = 'online'
+    docs.build(config, tiny, tiny, 0, 1)
+
+
+def test_an_answer_without_an_opinion_is_certain():
+    """Distillation is then cross-entropy."""
+    known = record(queries=3, entries=0)
+    rows = docs.rows_of(CONFIG, known, [0, 2], 3)
+    assert rows['label_weights'].sum() == pytest.approx(1) and not rows['label_weights'][2].any()
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 128)), jnp.float32)
+    there = rows['label_weights'] > 0
+    np.testing.assert_allclose(
+        objectives.top_k_distillation(logits, rows)[there],
+        objectives.cross_entropy(logits, rows)[there],
+        rtol=1e-6,
+    )
+
+
+def test_readings(tmp_path, tiny):
+    """Rows of questions after their documents, which follow from (seed, index)."""
+    given = Settings(answers='given', entries=0)
+    made = [record(f'{n}', n, queries=1 + n % 3) for n in range(5, 40)]
+    folder = write_records(tmp_path / 'a', made, tiny, given)
+    config = ConfigDict({'records': str(folder), 'row_tokens': 32, 'row_labels': 8, 'steps': 4})
+    groups = reading.build(config, tiny, tiny, 3, 2)
+    assert len(groups) == 8
+    known = {
+        ((*prompt.tolist(), *query.answer[:-1].tolist()), tuple(query.answer.tolist()))
+        for r in made
+        for prompt, query in zip(r.teacher_prompts, r.queries, strict=True)
+    }
+    for index in range(8):
+        query = groups[index]['query']
+        jax.tree.map(np.testing.assert_array_equal, query, groups[index]['query'])
+        segments = query['segments'][0]
+        assert segments.max() >= 1
+        labels = query['labels'][0][query['label_weights'][0] > 0]
+        of = segments[query['label_positions'][0][: len(labels)]]
+        for segment in range(1, segments.max() + 1):
+            text = tuple(query['tokens'][0][segments == segment].tolist())
+            assert (text, tuple(labels[of == segment].tolist())) in known
+    with pytest.raises(UserError, match='no document of fewer than 3 tokens'):
+        reading.build(ConfigDict({**config, 'row_tokens': 3}), tiny, tiny, 3, 2)
+
+
+def test_questions_of_passages():
+    text = (
+        'The old bridge over the river Wye was built in 1814 by Thomas Telford. It fell down. '
+        'Nobody remembered afterwards how the carpenters had managed to lift the heavy stones.'
+    )
+    found = passages.ask(Document('a', text), 8)
+    assert found == passages.ask(Document('a', text), 8)
+    assert len(found) == 2  # the short sentence is left out
+    for question in found:
+        answer, heads = question.answers[0], question.text.split(' ', 3)
+        assert heads and answer in text
+        whole = ' '.join(text.split())
+        sentence = question.text.split(': ', 1)[-1].split('? ', 1)[-1]
+        assert sentence.replace('____', answer).replace('...', answer) in whole
+
+
+def test_a_teacher_reads_with_its_lora(tiny):
+    mesh = sharding.make_mesh({'fsdp': -1})
+    dims = {name: (i, o) for name, i, o in lora.module_dims(tiny.config, ('down_proj',))}
+    own = lora.init(jax.random.key(0), dims, tiny.config.num_layers, 2, 5.0)
+    own = jax.tree.map(lambda x: x + 0.5, own)
+    prompts = [tiny.tokenizer.prompt(text) for text in ('Who?', 'And why so?')]
+    found = [Teacher(tiny, mesh, 64, adapter).answer(prompts, 8) for adapter in (None, own)]
+    assert [f.tolist() for f in found[0]] != [f.tolist() for f in found[1]]
+    texts = [tiny.tokenizer.decode([t for t in f if t != 3]) for f in found[1]]
+    assert texts == answer(tiny, prompts, 8, own)
+    plain, adapted = (
+        Teacher(tiny, mesh, 64, adapter).opinions(prompts, [[5, 6], [7, 3]], 4)
+        for adapter in (None, own)
+    )
+    assert not np.allclose(plain[0][1], adapted[0][1])
 
 
 def test_online_and_stored_teacher_agree(teacher, tmp_path):
@@ -401,10 +510,7 @@ def test_two_stages(tmp_path):
     ]
     settings = Settings(answers='given', entries=objectives.TEACHER_ENTRIES)
     made = distillation.records(Teacher(base, mesh, 512), base.tokenizer, sources, settings)
-    meta = {'base_fingerprint': base.fingerprint}
-    folder = tmp_path / 'records'
-    folder.mkdir()
-    assert records.write_shard(records.shard_path(folder, 0, 1), made, meta) == 2
+    folder = write_records(tmp_path / 'records', made, base, settings)
     before = None
     for variant in (f'tiny,{folder}', f'tiny_chunks,{folder},{tmp_path / "tiny"}'):
         config = d2l_docs.get_config(variant)

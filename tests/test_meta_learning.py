@@ -28,12 +28,12 @@ from conftest import TINY, tiny_base, tiny_training
 from ml_collections import ConfigDict
 
 from hyperlora import costs, data, lora, meta_learning, objectives, sharding
+from hyperlora.data.packing import pack
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.models import base as base_models
 from hyperlora.models import weights
 from hyperlora.models.decoder import Decoder
-from t2l.data import pack
 from t2l.hypernetwork import TextToLora, TextToLoraConfig
 
 ROOT = pathlib.Path(__file__).parents[1]

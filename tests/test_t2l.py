@@ -14,13 +14,14 @@ from test_convert import find, mistral
 
 import t2l.build
 from hyperlora import hypernetwork, objectives, torch_files
+from hyperlora.data.packing import pack
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.meta_learning import Learner
 from hyperlora.models.base import load_params
 from hyperlora.models.decoder import Decoder
 from hyperlora.upstream import convert
-from t2l.data import TaskGroups, describe, pack
+from t2l.data import TaskGroups, describe
 from t2l.hypernetwork import TextToLora, TextToLoraConfig
 from t2l.tasks import Example, Task
 from t2l.upstream import params_from_upstream

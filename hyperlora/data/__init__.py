@@ -23,6 +23,7 @@ from hyperlora.models.base import BaseModel
 _MODULES = {
     'documents': 'd2l.docs',
     'niah': 'd2l.niah',
+    'readings': 'd2l.reading',
     'reconstruction': 't2l.reconstruction',
     'tasks': 't2l.data',
 }
