@@ -176,6 +176,22 @@ READERS: dict[str, Callable[..., Iterable[Document]]] = {
 }
 
 
+def source(text: str) -> dict[str, str]:
+    """What `READER,PATH` names, as a source of `read`. A path alone is read by its ending (.json is
+    SQuAD's layout); what has none is the name of a TFDS data set.
+
+    Raises:
+      UserError: neither.
+    """
+    reader, _, path = text.partition(',')
+    if not path:
+        endings = {'.json': 'squad', '.jsonl': 'jsonl', '.parquet': 'parquet', '': 'tfds'}
+        reader, path = endings.get(pathlib.Path(text).suffix, ''), text
+    if not reader or not path:
+        raise UserError(f'name the documents as READER,PATH ({", ".join(READERS)}), not {text!r}')
+    return {'reader': reader, 'name' if reader == 'tfds' else 'path': path}
+
+
 def read(sources: Iterable[dict[str, Any]]) -> list[Document]:
     """The documents of sources {reader, and its arguments}, in order.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import pathlib
 import re
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,10 @@ from d2l.prompts import in_context_prompt
 from hyperlora import trained
 from hyperlora.errors import UserError
 from hyperlora.evaluation import plots, record
-from hyperlora.generation import answer, bucket
+from hyperlora.generation import answer, answer_in_batches
 from hyperlora.models.base import BaseModel
 
 _DEPTH_BINS = 10
-_PROMPT_TOKENS = 16_384  # per batch of prompts that hold their documents: bounds the memory
 
 
 def exact_match(answer: str, number: str) -> bool:
@@ -39,18 +37,6 @@ def right_number(answer: str, number: str) -> bool:
 
 
 SCORES = exact_match, right_number
-
-
-def answer_in_context(
-    base: BaseModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[str]:
-    """Greedy answers of the base model to long prompts, few at a time."""
-    rows = max(_PROMPT_TOKENS // bucket(max(map(len, prompts))), 1)
-    return [
-        text
-        for start in range(0, len(prompts), rows)
-        for text in answer(base, prompts[start : start + rows], max_new_tokens)
-    ]
 
 
 def needle_examples(
@@ -184,7 +170,7 @@ def _answer_all(
         prompts = {
             int(i): in_context_prompt(base, documents[int(i)], QUESTION, new) for i in chosen
         }
-        texts = answer_in_context(base, list(prompts.values()), new)
+        texts = answer_in_batches(base, list(prompts.values()), new)
         return dict(zip(prompts, texts, strict=True))
 
     results = {}

@@ -122,6 +122,30 @@ def answer(
     ]
 
 
+def answer_in_batches(
+    base: BaseModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    lora: Lora | None = None,
+    tokens: int = 16_384,
+) -> list[str]:
+    """Answers in order, as by `answer`, of any number of prompts, for a LoRA of one row.
+
+    Args:
+      tokens: of the prompts of a batch, which bound its memory. Batches are padded to powers of
+        two, so that few shapes are compiled.
+    """
+    most = max(tokens // bucket(max(map(len, prompts))), 1)
+    texts: list[str] = []
+    for start in range(0, len(prompts), most):
+        batch = list(prompts[start : start + most])
+        size = 1 << (len(batch) - 1).bit_length()
+        texts += answer(base, batch + batch[-1:] * (size - len(batch)), max_new_tokens, lora)[
+            : len(batch)
+        ]
+    return texts
+
+
 @functools.partial(jax.jit, static_argnames=('decoder', 'entries'))
 def top_log_probs(
     decoder: Decoder,

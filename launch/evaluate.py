@@ -21,7 +21,9 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 # By config.name: a function (config, checkpoint, workdir).
 _EVALUATIONS = {
+    'eval_composition': 'd2l.composition:evaluate',
     'eval_niah': 'd2l.evaluation:evaluate',
+    'eval_qa': 'd2l.qa:evaluate',
     'eval_t2l': 't2l.evaluation:evaluate',
 }
 
