@@ -107,6 +107,27 @@ def _mixture(rng: np.random.Generator) -> str:
     return ', '.join(rng.permutation([_pick(rng, _WORDS[kind], 1)[0] for kind in kinds]))
 
 
+def _medley(rng: np.random.Generator) -> str:
+    """One body part, object, adjective, given name, month and number word, in random order."""
+    kinds = ('body part', 'object', 'adjective', 'given name', 'month', 'number word')
+    return ', '.join(rng.permutation([_pick(rng, _members(kind), 1)[0] for kind in kinds]))
+
+
+def _list_of(count: int) -> Callable[[np.random.Generator], str]:
+    words = _words(*_NOUNS, 'body', 'adjective', 'verb')
+    return lambda rng: ', '.join(_pick(rng, words, count))
+
+
+def _among(kind: str, other: str, count: int) -> Callable[[np.random.Generator], str]:
+    """One word of a kind among words of another: `count` in all."""
+
+    def draw(rng: np.random.Generator) -> str:
+        words = _pick(rng, _members(kind), 1) + _pick(rng, _members(other), count - 1)
+        return ', '.join(rng.permutation(words))
+
+    return draw
+
+
 def _sentence(rng: np.random.Generator) -> str:
     subject, other = _pick(rng, _words('animal', 'job'), 2)
     return f'The {subject} {_pick(rng, list(_ACTIONS), 1)[0]} the {other}.'
@@ -188,6 +209,41 @@ def _currencies() -> dict[str, str]:
 
 _COUNTRIES, _LANGUAGES, _CURRENCIES = _countries(), _languages(), _currencies()
 
+# Kind to find, kind of the other words, number of words. None of these kinds to find is a vehicle,
+# a color or a verb: finding those is what some held-out tasks are about.
+_AMONG: dict[str, tuple[str, str, int]] = {
+    f'{kind}_among_{others}_{count}'.replace(' ', '_'): (kind, other, count)
+    for kind, other, others, count in (
+        ('animal', 'color', 'colors', 3),
+        ('animal', 'verb', 'verbs', 3),
+        ('animal', 'adjective', 'adjectives', 5),
+        ('animal', 'vehicle', 'vehicles', 5),
+        ('fruit', 'object', 'objects', 3),
+        ('fruit', 'vehicle', 'vehicles', 5),
+        ('garment', 'animal', 'animals', 3),
+        ('garment', 'job', 'jobs', 5),
+        ('job', 'animal', 'animals', 3),
+        ('job', 'verb', 'verbs', 5),
+        ('body part', 'animal', 'animals', 3),
+        ('body part', 'fruit', 'fruits', 5),
+        ('object', 'animal', 'animals', 3),
+        ('object', 'adjective', 'adjectives', 5),
+        ('adjective', 'animal', 'animals', 3),
+        ('adjective', 'animal', 'animals', 5),
+        ('adjective', 'object', 'objects', 3),
+        ('given name', 'country', 'countries', 3),
+        ('country', 'language', 'languages', 3),
+        ('country', 'animal', 'animals', 5),
+        ('language', 'country', 'countries', 5),
+        ('month', 'weekday', 'weekdays', 3),
+        ('weekday', 'month', 'months', 5),
+        ('number word', 'animal', 'animals', 3),
+        ('number word', 'adjective', 'adjectives', 5),
+        ('adverb', 'adjective', 'adjectives', 3),
+        ('comparative', 'adjective', 'adjectives', 3),
+    )
+}
+
 # A domain is a list of all inputs, or a function that draws one.
 DOMAINS: dict[str, Sequence[str] | Callable[[np.random.Generator], str]] = {
     'word': _words(*_NOUNS, 'body', 'adjective', 'verb'),
@@ -199,6 +255,11 @@ DOMAINS: dict[str, Sequence[str] | Callable[[np.random.Generator], str]] = {
     'phrase': _phrase,
     'repetition': _repetition,
     'mixture': _mixture,
+    'medley': _medley,
+    'list_of_3': _list_of(3),
+    'list_of_4': _list_of(4),
+    'list_of_5': _list_of(5),
+    **{name: _among(*kinds) for name, kinds in _AMONG.items()},
     'sentence': _sentence,
     'full_name': _full_name,
     'path': _path,
@@ -220,6 +281,11 @@ DOMAINS: dict[str, Sequence[str] | Callable[[np.random.Generator], str]] = {
 
 def _item(index: int, separator: str | None = None) -> Callable[[str], str]:
     return lambda text: text.split(separator)[index]
+
+
+def _items(choose: Callable[[list[str]], list[str]]) -> Callable[[str], str]:
+    """Some items of a comma-separated list."""
+    return lambda text: ', '.join(choose(text.split(', ')))
 
 
 def _pig_latin(word: str) -> str:
@@ -271,13 +337,45 @@ def _rewrite(form: str) -> Callable[[str], str]:
             past=past,
             participle=participle,
             ing=ing,
+            subjects=_ENGLISH.plural(subject),
         )
 
     return answer
 
 
+@functools.cache
+def _members(kind: str) -> list[str]:
+    """Words of a kind; those that could be taken for another kind are left out."""
+    adjectives = [word for word in _WORDS['adjective'] if word != 'green']
+    if kind in ('country', 'language'):
+        names = {'country': _COUNTRIES, 'language': _LANGUAGES}[kind]
+        other = {'Chad', 'Georgia', 'Jordan', 'Nauru'}  # also given names; also a language
+        return [name for name in names if name.isalpha() and len(name) < 11 and name not in other]
+    return {
+        'color': 'red blue green yellow purple black white brown gray pink silver golden'.split(),
+        'month': list(_MONTHS.values()),
+        'weekday': list(_DAYS.values()),
+        'number word': [num2words(number) for number in range(1, 21)],
+        'adjective': adjectives,
+        'adverb': [_adverb(word) for word in adjectives if not word.endswith('ly')],
+        'comparative': [_compare(word, 'er') for word in adjectives],
+        'verb': [word for word in _WORDS['verb'] if word not in ('fly', 'cook')],
+        'body part': _WORDS['body'],
+        'given name': _WORDS['given_name'],
+    }.get(kind) or _WORDS[kind]
+
+
 def _of_kind(kind: str) -> Callable[[str], str]:
-    return lambda text: next(word for word in text.split(', ') if _KIND[word] == kind)
+    return lambda text: next(word for word in text.split(', ') if word in _members(kind))
+
+
+def _position_of(kind: str) -> Callable[[str], str]:
+    """Where in the list the word of a kind stands, from 1."""
+    return lambda text: str(1 + text.split(', ').index(_of_kind(kind)(text)))
+
+
+def _without(kind: str) -> Callable[[str], str]:
+    return _items(lambda words: [word for word in words if word not in _members(kind)])
 
 
 def _numbers(
@@ -298,6 +396,11 @@ def _pair(choose: Callable[[int, int], object]) -> Callable[[str], str]:
 
 def _in_words(language: str) -> Callable[[str], str]:
     return lambda text: num2words(int(text), lang=language)
+
+
+def _in_italian(text: str) -> str:
+    """Compounds of three bear an accent, which num2words leaves out above 120."""
+    return re.sub('(?<=.)tre$', 'tré', num2words(int(text), lang='it'))
 
 
 def _roman(text: str) -> str:
@@ -339,11 +442,11 @@ def _month(shift: int = 0, language: str = 'en') -> Callable[[str], str]:
 
 
 def _clock(form: str, shift: int = 0) -> Callable[[str], str]:
-    """A time of 24 hours by its parts, some hours later."""
+    """A time of 24 hours by its parts, some minutes later."""
 
     def answer(text: str) -> str:
         hour, minute = map(int, text.split(':'))
-        hour = (hour + shift) % 24
+        hour, minute = divmod((60 * hour + minute + shift) % (24 * 60), 60)
         half = 'AM' if hour < 12 else 'PM'
         return form.format(hour=hour, minute=minute, twelve=(hour - 1) % 12 + 1, half=half)
 
@@ -395,6 +498,22 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'reverse_letters': lambda word: word[::-1],
             'spell_with_hyphens': '-'.join,
             'pig_latin': _pig_latin,
+            'second_letter': lambda word: word[1],
+            'third_letter': lambda word: word[2],
+            'capital_third_letter': lambda word: word[2].upper(),
+            'capital_first_two_letters': lambda word: word[:2].upper(),
+            'capital_last_two_letters': lambda word: word[-2:].upper(),
+            'last_two_letters': lambda word: word[-2:],
+            'drop_first_two_letters': lambda word: word[2:],
+            'drop_last_two_letters': lambda word: word[:-2],
+            'drop_second_letter': lambda word: word[0] + word[2:],
+            'drop_first_and_last_letter': lambda word: word[1:-1],
+            'double_last_letter': lambda word: word + word[-1],
+            'swap_first_two_letters': lambda word: word[1] + word[0] + word[2:],
+            'star_for_vowels': lambda word: re.sub(f'[{_VOWELS}]', '*', word),
+            'hyphen_after_first_letter': lambda word: f'{word[0]}-{word[1:]}',
+            'count_consonants': lambda word: str(sum(letter not in _VOWELS for letter in word)),
+            'repeat_word': lambda word: f'{word} {word}',
         },
     },
     'words': {
@@ -411,6 +530,27 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'swap_first_and_last_word': lambda text: ' '.join(_ends_swapped(text.split())),
             'acronym': lambda text: ''.join(word[0].upper() for word in text.split()),
             'snake_case': lambda text: text.replace(' ', '_'),
+            'drop_last_word': lambda text: text.rsplit(' ', 1)[0],
+            'first_and_last_word': lambda text: ' '.join(text.split()[:: len(text.split()) - 1]),
+            'second_to_last_word': _item(-2),
+            'length_of_longest_word': lambda text: str(max(map(len, text.split()))),
+            'title_case': str.title,
+        },
+        'list_of_3': {
+            'alphabetically_second_of_3': _items(lambda words: sorted(words)[1:2]),
+            'first_and_last_of_3': _items(lambda words: words[::2]),
+            'reverse_list_of_3': _items(lambda words: words[::-1]),
+        },
+        'list_of_4': {
+            'choose_second_of_4': _item(1, ', '),
+            'choose_third_of_4': _item(2, ', '),
+            'alphabetically_first_of_4': _items(lambda words: [min(words)]),
+        },
+        'list_of_5': {
+            'choose_second_of_5': _item(1, ', '),
+            'choose_fourth_of_5': _item(3, ', '),
+            'choose_last_of_5': _item(4, ', '),
+            'first_and_last_of_5': _items(lambda words: words[::4]),
         },
         'repetition': {
             'repeated_word': _repeated,
@@ -424,7 +564,22 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'pick_vehicle': _of_kind('vehicle'),
             'pick_garment': _of_kind('garment'),
             'pick_job': _of_kind('job'),
+            'position_of_animal': _position_of('animal'),
+            'position_of_fruit': _position_of('fruit'),
+            'pick_animal_and_job': lambda text: (
+                f'{_of_kind("animal")(text)} and {_of_kind("job")(text)}'
+            ),
+            'mixture_without_animal': _without('animal'),
         },
+        'medley': {
+            'pick_body_part': _of_kind('body part'),
+            'pick_object': _of_kind('object'),
+            'pick_adjective': _of_kind('adjective'),
+            'pick_given_name': _of_kind('given name'),
+            'pick_month': _of_kind('month'),
+            'pick_number_word': _of_kind('number word'),
+        },
+        **{name: {name: _of_kind(kind)} for name, (kind, *_) in _AMONG.items()},
         'thing': {
             'is_animal': lambda word: 'yes' if _KIND[word] == 'animal' else 'no',
             'kind_of_thing': lambda word: 'body part' if _KIND[word] == 'body' else _KIND[word],
@@ -444,11 +599,15 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'past_tense': _past,
             'ing_form': _ENGLISH.present_participle,
             'third_person': _third_person,
+            'progressive_of_verb': lambda verb: f'is {_ENGLISH.present_participle(verb)}',
         },
         'adjective': {
             'comparative': functools.partial(_compare, ending='er'),
             'superlative': functools.partial(_compare, ending='est'),
             'adverb': _adverb,
+            'comparative_with_than': lambda word: f'{_compare(word, "er")} than',
+            'as_adjective_as': 'as {} as'.format,
+            'less_adjective': 'less {}'.format,
         },
     },
     'sentences': {
@@ -461,6 +620,19 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'sentence_to_question': _rewrite('Does the {subject} {base} the {other}?'),
             'sentence_to_passive': _rewrite('The {other} is {participle} by the {subject}.'),
             'swap_subject_and_object': _rewrite('The {other} {verb} the {subject}.'),
+            'sentence_verb': _rewrite('{verb}'),
+            'sentence_verb_in_past': _rewrite('{past}'),
+            'sentence_to_perfect': _rewrite('The {subject} has {participle} the {other}.'),
+            'sentence_to_past_perfect': _rewrite('The {subject} had {participle} the {other}.'),
+            'sentence_to_progressive': _rewrite('The {subject} is {ing} the {other}.'),
+            'sentence_to_past_passive': _rewrite('The {other} was {participle} by the {subject}.'),
+            'sentence_with_must': _rewrite('The {subject} must {base} the {other}.'),
+            'sentence_with_can': _rewrite('The {subject} can {base} the {other}.'),
+            'sentence_with_wants_to': _rewrite('The {subject} wants to {base} the {other}.'),
+            'sentence_to_past_negation': _rewrite('The {subject} did not {base} the {other}.'),
+            'sentence_to_past_question': _rewrite('Did the {subject} {base} the {other}?'),
+            'sentence_to_who_question': _rewrite('Who {verb} the {other}?'),
+            'sentence_with_plural_subject': _rewrite('The {subjects} {base} the {other}.'),
         },
     },
     'names': {
@@ -471,11 +643,18 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'surname_first': lambda text: '{1}, {0}'.format(*text.split()),
             'email_address': lambda text: text.lower().replace(' ', '.') + '@example.com',
             'user_name': lambda text: text[0].lower() + text.split()[1].lower(),
+            'surname_initial': lambda text: text.split()[1][0],
+            'abbreviated_given_name': lambda text: f'{text[0]}. {text.split()[1]}',
+            'abbreviated_surname': lambda text: '{} {[0]}.'.format(*text.split()),
+            'letter_greeting': lambda text: f'Dear {text.split()[0]},',
+            'lowercase_name': str.lower,
         },
         'path': {
             'file_extension': _item(-1, '.'),
             'file_stem': lambda text: text.split('/')[-1].split('.')[0],
             'containing_folder': _item(-2, '/'),
+            'top_folder': _item(1, '/'),
+            'file_name': _item(-1, '/'),
         },
     },
     'numbers': {
@@ -487,6 +666,16 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'sort_descending': _numbers(lambda numbers: sorted(numbers, reverse=True)),
             'even_numbers': _numbers(lambda numbers: [n for n in numbers if n % 2 == 0]),
             'odd_numbers': _numbers(lambda numbers: [n for n in numbers if n % 2]),
+            'second_number': _numbers(lambda numbers: numbers[1]),
+            'last_number': _numbers(lambda numbers: numbers[-1]),
+            'second_largest_number': _numbers(lambda numbers: sorted(numbers)[-2]),
+            'second_smallest_number': _numbers(lambda numbers: sorted(numbers)[1]),
+            'first_odd_number': _numbers(lambda numbers: next(n for n in numbers if n % 2)),
+            'range_of_numbers': _numbers(lambda numbers: max(numbers) - min(numbers)),
+            'count_even_numbers': _numbers(lambda numbers: sum(n % 2 == 0 for n in numbers)),
+            'reverse_numbers': _numbers(lambda numbers: numbers[::-1]),
+            'increment_each': _numbers(lambda numbers: [n + 1 for n in numbers]),
+            'double_each': _numbers(lambda numbers: [2 * n for n in numbers]),
         },
         'pair': {
             'sum_of_pair': _pair(lambda a, b: a + b),
@@ -502,6 +691,7 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'successor': lambda text: str(int(text) + 1),
             'predecessor': lambda text: str(int(text) - 1),
             'last_digit': lambda text: text[-1],
+            'first_digit': lambda text: text[0],
             'ordinal_suffix': _ENGLISH.ordinal,
         },
         'small_integer': {
@@ -510,6 +700,11 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'number_in_german': _in_words('de'),
             'number_in_spanish': _in_words('es'),
             'number_in_english': _in_words('en'),
+            'number_in_italian': _in_italian,
+            'number_in_dutch': _in_words('nl'),
+            'number_in_portuguese': _in_words('pt'),
+            'number_in_swedish': _in_words('sv'),
+            'ordinal_in_words': lambda text: num2words(int(text), to='ordinal'),
         },
     },
     'dates': {
@@ -520,6 +715,10 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'american_date': _date('{month:02}/{day:02}/{year}'),
             'date_in_english': _date('{name} {day}, {year}'),
             'month_of_date_in_french': _iso_month('fr'),
+            'month_of_date_in_german': _iso_month('de'),
+            'month_of_date_in_italian': _iso_month('it'),
+            'month_number': _date('{month}'),
+            'ordinal_day_of_date': lambda text: _ENGLISH.ordinal(int(text[-2:])),
         },
         'calendar_day': {
             'next_weekday': _weekday(1),
@@ -529,14 +728,29 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'is_weekend': lambda text: 'yes' if text.startswith('S') else 'no',
             'next_month': _month(1),
             'previous_month': _month(-1),
+            'weekday_of_day': _weekday(),
+            'month_of_day': _month(),
+            'two_weekdays_later': _weekday(2),
+            'two_months_later': _month(2),
+            'two_months_earlier': _month(-2),
+            'three_months_later': _month(3),
+            'weekday_in_italian': _weekday(language='it'),
+            'weekday_in_spanish': _weekday(language='es'),
+            'weekday_in_dutch': _weekday(language='nl'),
+            'weekday_in_swedish': _weekday(language='sv'),
         },
         'clock': {
             'twelve_hour_clock': _clock('{twelve}:{minute:02} {half}'),
             'hour_of_time': _clock('{hour}'),
             'minutes_of_time': _clock('{minute:02}'),
             'am_or_pm': _clock('{half}'),
-            'one_hour_later': _clock('{hour:02}:{minute:02}', 1),
+            'one_hour_later': _clock('{hour:02}:{minute:02}', 60),
             'part_of_day': _part_of_day,
+            'two_hours_later': _clock('{hour:02}:{minute:02}', 120),
+            'one_hour_earlier': _clock('{hour:02}:{minute:02}', -60),
+            'half_an_hour_later': _clock('{hour:02}:{minute:02}', 30),
+            'hour_on_twelve_hour_clock': _clock('{twelve}'),
+            'minutes_to_next_hour': lambda text: str(60 - int(text[3:])),
         },
     },
     'world': {
@@ -547,10 +761,14 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             )[0],
             'country_in_french': _country('fr'),
             'country_in_german': _country('de'),
+            'country_in_spanish': _country('es'),
+            'country_in_italian': _country('it'),
         },
         'language': {
             'language_code': lambda text: _LANGUAGES[text],
             'language_in_french': _language('fr'),
+            'language_in_german': _language('de'),
+            'language_in_italian': _language('it'),
         },
         'currency': {
             'currency_code': lambda text: _CURRENCIES[text],

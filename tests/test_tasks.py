@@ -244,6 +244,270 @@ language_in_french | German | allemand
 language_in_french | Welsh | gallois
 currency_code | Swiss Franc | CHF
 currency_code | Japanese Yen | JPY
+second_letter | garden | a
+second_letter | owl | w
+third_letter | garden | r
+third_letter | owl | l
+capital_third_letter | garden | R
+capital_third_letter | owl | L
+capital_first_two_letters | garden | GA
+capital_first_two_letters | owl | OW
+capital_last_two_letters | garden | EN
+capital_last_two_letters | owl | WL
+last_two_letters | garden | en
+last_two_letters | owl | wl
+drop_first_two_letters | garden | rden
+drop_first_two_letters | owl | l
+drop_last_two_letters | garden | gard
+drop_last_two_letters | owl | o
+drop_second_letter | garden | grden
+drop_second_letter | owl | ol
+drop_first_and_last_letter | garden | arde
+drop_first_and_last_letter | owl | w
+double_last_letter | garden | gardenn
+double_last_letter | owl | owll
+swap_first_two_letters | garden | agrden
+swap_first_two_letters | owl | wol
+star_for_vowels | garden | g*rd*n
+star_for_vowels | fry | fry
+hyphen_after_first_letter | garden | g-arden
+hyphen_after_first_letter | owl | o-wl
+count_consonants | garden | 4
+count_consonants | eagle | 2
+repeat_word | garden | garden garden
+repeat_word | owl | owl owl
+drop_last_word | red fox jumps | red fox
+drop_last_word | a b c d | a b c
+first_and_last_word | red fox jumps | red jumps
+first_and_last_word | a b c d | a d
+second_to_last_word | red fox jumps | fox
+second_to_last_word | a b c d | c
+length_of_longest_word | red fox jumps | 5
+length_of_longest_word | elephant ant bee | 8
+title_case | red fox jumps | Red Fox Jumps
+title_case | pen ink | Pen Ink
+alphabetically_second_of_3 | pen, ant, fox | fox
+alphabetically_second_of_3 | cap, cat, car | car
+first_and_last_of_3 | pen, ant, fox | pen, fox
+first_and_last_of_3 | cap, cat, car | cap, car
+reverse_list_of_3 | pen, ant, fox | fox, ant, pen
+reverse_list_of_3 | cap, cat, car | car, cat, cap
+choose_second_of_4 | pen, ant, fox, jar | ant
+choose_second_of_4 | owl, cap, plum, axe | cap
+choose_third_of_4 | pen, ant, fox, jar | fox
+choose_third_of_4 | owl, cap, plum, axe | plum
+alphabetically_first_of_4 | pen, ant, fox, jar | ant
+alphabetically_first_of_4 | owl, cap, plum, axe | axe
+choose_second_of_5 | pen, ant, fox, jar, hat | ant
+choose_second_of_5 | owl, cap, plum, axe, lip | cap
+choose_fourth_of_5 | pen, ant, fox, jar, hat | jar
+choose_fourth_of_5 | owl, cap, plum, axe, lip | axe
+choose_last_of_5 | pen, ant, fox, jar, hat | hat
+choose_last_of_5 | owl, cap, plum, axe, lip | lip
+first_and_last_of_5 | pen, ant, fox, jar, hat | pen, hat
+first_and_last_of_5 | owl, cap, plum, axe, lip | owl, lip
+position_of_animal | taxi, plum, nurse, horse, shirt | 4
+position_of_animal | owl, train, lemon, scarf, judge | 1
+position_of_fruit | taxi, plum, nurse, horse, shirt | 2
+position_of_fruit | owl, train, lemon, scarf, judge | 3
+pick_animal_and_job | taxi, plum, nurse, horse, shirt | horse and nurse
+pick_animal_and_job | owl, train, lemon, scarf, judge | owl and judge
+mixture_without_animal | taxi, plum, nurse, horse, shirt | taxi, plum, nurse, shirt
+mixture_without_animal | owl, train, lemon, scarf, judge | train, lemon, scarf, judge
+pick_body_part | knee, spoon, brave, Leo, May, six | knee
+pick_body_part | two, Nina, June, chin, lamp, odd | chin
+pick_object | knee, spoon, brave, Leo, May, six | spoon
+pick_object | two, Nina, June, chin, lamp, odd | lamp
+pick_adjective | knee, spoon, brave, Leo, May, six | brave
+pick_adjective | two, Nina, June, chin, lamp, odd | odd
+pick_given_name | knee, spoon, brave, Leo, May, six | Leo
+pick_given_name | two, Nina, June, chin, lamp, odd | Nina
+pick_month | knee, spoon, brave, Leo, May, six | May
+pick_month | two, Nina, June, chin, lamp, odd | June
+pick_number_word | knee, spoon, brave, Leo, May, six | six
+pick_number_word | two, Nina, June, chin, lamp, odd | two
+animal_among_colors_3 | red, fox, blue | fox
+animal_among_colors_3 | pink, gray, owl | owl
+animal_among_verbs_3 | sing, fox, wait | fox
+animal_among_verbs_3 | eat, jump, owl | owl
+animal_among_adjectives_5 | calm, fox, odd, rich, wise | fox
+animal_among_adjectives_5 | mild, deep, warm, owl, soft | owl
+animal_among_vehicles_5 | bus, fox, tram, van, car | fox
+animal_among_vehicles_5 | taxi, raft, ship, owl, jeep | owl
+fruit_among_objects_3 | spoon, plum, lamp | plum
+fruit_among_objects_3 | fig, bed, key | fig
+fruit_among_vehicles_5 | bus, plum, tram, van, car | plum
+fruit_among_vehicles_5 | taxi, raft, ship, fig, jeep | fig
+garment_among_animals_3 | fox, shirt, owl | shirt
+garment_among_animals_3 | hat, bee, cow | hat
+garment_among_jobs_5 | nurse, shirt, judge, poet, clerk | shirt
+garment_among_jobs_5 | pilot, baker, miner, hat, tailor | hat
+job_among_animals_3 | fox, nurse, owl | nurse
+job_among_animals_3 | judge, bee, cow | judge
+job_among_verbs_5 | sing, nurse, wait, eat, jump | nurse
+job_among_verbs_5 | pay, rain, win, judge, dig | judge
+body_part_among_animals_3 | fox, knee, owl | knee
+body_part_among_animals_3 | chin, bee, cow | chin
+body_part_among_fruits_5 | plum, knee, fig, pear, lime | knee
+body_part_among_fruits_5 | kiwi, melon, apple, chin, guava | chin
+object_among_animals_3 | fox, spoon, owl | spoon
+object_among_animals_3 | lamp, bee, cow | lamp
+object_among_adjectives_5 | calm, spoon, odd, rich, wise | spoon
+object_among_adjectives_5 | mild, deep, warm, lamp, soft | lamp
+adjective_among_animals_3 | fox, brave, owl | brave
+adjective_among_animals_3 | odd, bee, cow | odd
+adjective_among_animals_5 | fox, brave, owl, bee, cow | brave
+adjective_among_animals_5 | cat, dog, hen, odd, pig | odd
+adjective_among_objects_3 | spoon, brave, lamp | brave
+adjective_among_objects_3 | odd, bed, key | odd
+given_name_among_countries_3 | Spain, Leo, Cuba | Leo
+given_name_among_countries_3 | Nina, Peru, Mali | Nina
+country_among_languages_3 | Welsh, Spain, Danish | Spain
+country_among_languages_3 | Peru, Latin, Thai | Peru
+country_among_animals_5 | fox, Spain, owl, bee, cow | Spain
+country_among_animals_5 | cat, dog, hen, Peru, pig | Peru
+language_among_countries_5 | Spain, Welsh, Cuba, Mali, Togo | Welsh
+language_among_countries_5 | Peru, Iraq, Oman, Thai, Fiji | Thai
+month_among_weekdays_3 | Sunday, May, Friday | May
+month_among_weekdays_3 | June, Monday, Tuesday | June
+weekday_among_months_5 | May, Sunday, June, July, March | Sunday
+weekday_among_months_5 | April, August, October, Friday, May | Friday
+number_word_among_animals_3 | fox, six, owl | six
+number_word_among_animals_3 | two, bee, cow | two
+number_word_among_adjectives_5 | calm, six, odd, rich, wise | six
+number_word_among_adjectives_5 | mild, deep, warm, two, soft | two
+adverb_among_adjectives_3 | calm, bravely, rich | bravely
+adverb_among_adjectives_3 | easily, deep, warm | easily
+comparative_among_adjectives_3 | calm, braver, clever | braver
+comparative_among_adjectives_3 | easier, deep, warm | easier
+progressive_of_verb | swim | is swimming
+progressive_of_verb | tie | is tying
+comparative_with_than | big | bigger than
+comparative_with_than | easy | easier than
+as_adjective_as | big | as big as
+as_adjective_as | easy | as easy as
+less_adjective | big | less big
+less_adjective | easy | less easy
+sentence_verb | The fox sees the nurse. | sees
+sentence_verb | The judge teaches the owl. | teaches
+sentence_verb_in_past | The fox sees the nurse. | saw
+sentence_verb_in_past | The judge teaches the owl. | taught
+sentence_to_perfect | The fox sees the nurse. | The fox has seen the nurse.
+sentence_to_perfect | The judge teaches the owl. | The judge has taught the owl.
+sentence_to_past_perfect | The fox sees the nurse. | The fox had seen the nurse.
+sentence_to_past_perfect | The judge teaches the owl. | The judge had taught the owl.
+sentence_to_progressive | The fox chases the nurse. | The fox is chasing the nurse.
+sentence_to_progressive | The judge teaches the owl. | The judge is teaching the owl.
+sentence_to_past_passive | The fox sees the nurse. | The nurse was seen by the fox.
+sentence_to_past_passive | The judge teaches the owl. | The owl was taught by the judge.
+sentence_with_must | The fox sees the nurse. | The fox must see the nurse.
+sentence_with_must | The judge teaches the owl. | The judge must teach the owl.
+sentence_with_can | The fox sees the nurse. | The fox can see the nurse.
+sentence_with_can | The judge teaches the owl. | The judge can teach the owl.
+sentence_with_wants_to | The fox sees the nurse. | The fox wants to see the nurse.
+sentence_with_wants_to | The judge teaches the owl. | The judge wants to teach the owl.
+sentence_to_past_negation | The fox sees the nurse. | The fox did not see the nurse.
+sentence_to_past_negation | The judge teaches the owl. | The judge did not teach the owl.
+sentence_to_past_question | The fox sees the nurse. | Did the fox see the nurse?
+sentence_to_past_question | The judge teaches the owl. | Did the judge teach the owl?
+sentence_to_who_question | The fox sees the nurse. | Who sees the nurse?
+sentence_to_who_question | The judge teaches the owl. | Who teaches the owl?
+sentence_with_plural_subject | The fox sees the nurse. | The foxes see the nurse.
+sentence_with_plural_subject | The goose teaches the owl. | The geese teach the owl.
+surname_initial | Ada Stone | S
+surname_initial | Leo Ward | W
+abbreviated_given_name | Ada Stone | A. Stone
+abbreviated_given_name | Leo Ward | L. Ward
+abbreviated_surname | Ada Stone | Ada S.
+abbreviated_surname | Leo Ward | Leo W.
+letter_greeting | Ada Stone | Dear Ada,
+letter_greeting | Leo Ward | Dear Leo,
+lowercase_name | Ada Stone | ada stone
+lowercase_name | Leo Ward | leo ward
+top_folder | /home/leo/plan.txt | home
+top_folder | /srv/ada/song.mp3 | srv
+file_name | /home/leo/plan.txt | plan.txt
+file_name | /srv/ada/song.mp3 | song.mp3
+second_number | 7, 30, 12 | 30
+second_number | 99, 8, 45, 61 | 8
+last_number | 7, 30, 12 | 12
+last_number | 99, 8, 45, 61 | 61
+second_largest_number | 7, 30, 12 | 12
+second_largest_number | 99, 8, 45, 61 | 61
+second_smallest_number | 7, 30, 12 | 12
+second_smallest_number | 99, 8, 45, 61 | 45
+first_odd_number | 7, 30, 12 | 7
+first_odd_number | 8, 45, 61, 99 | 45
+range_of_numbers | 7, 30, 12 | 23
+range_of_numbers | 99, 8, 45, 61 | 91
+count_even_numbers | 7, 30, 12 | 2
+count_even_numbers | 99, 8, 45, 61 | 1
+reverse_numbers | 7, 30, 12 | 12, 30, 7
+reverse_numbers | 99, 8, 45, 61 | 61, 45, 8, 99
+increment_each | 7, 30, 12 | 8, 31, 13
+increment_each | 99, 8, 45, 61 | 100, 9, 46, 62
+double_each | 7, 30, 12 | 14, 60, 24
+double_each | 99, 8, 45, 61 | 198, 16, 90, 122
+first_digit | 340 | 3
+first_digit | 57 | 5
+number_in_italian | 21 | ventuno
+number_in_italian | 60 | sessanta
+number_in_italian | 123 | centoventitré
+number_in_italian | 3 | tre
+number_in_dutch | 21 | eenentwintig
+number_in_dutch | 60 | zestig
+number_in_portuguese | 21 | vinte e um
+number_in_portuguese | 60 | sessenta
+number_in_swedish | 21 | tjugoett
+number_in_swedish | 60 | sextio
+ordinal_in_words | 21 | twenty-first
+ordinal_in_words | 60 | sixtieth
+month_of_date_in_german | 2021-03-05 | März
+month_of_date_in_german | 1960-12-24 | Dezember
+month_of_date_in_italian | 2021-08-05 | agosto
+month_of_date_in_italian | 1960-12-24 | dicembre
+month_number | 2021-03-05 | 3
+month_number | 1960-12-24 | 12
+ordinal_day_of_date | 2021-03-05 | 5th
+ordinal_day_of_date | 1960-12-22 | 22nd
+weekday_of_day | Sunday, 9 May | Sunday
+weekday_of_day | Thursday, 1 January | Thursday
+month_of_day | Sunday, 9 May | May
+month_of_day | Thursday, 1 January | January
+two_weekdays_later | Sunday, 9 May | Tuesday
+two_weekdays_later | Thursday, 1 January | Saturday
+two_months_later | Sunday, 9 May | July
+two_months_later | Thursday, 1 December | February
+two_months_earlier | Sunday, 9 May | March
+two_months_earlier | Thursday, 1 January | November
+three_months_later | Sunday, 9 May | August
+three_months_later | Thursday, 1 December | March
+weekday_in_italian | Sunday, 9 May | domenica
+weekday_in_italian | Thursday, 1 January | giovedì
+weekday_in_spanish | Sunday, 9 May | domingo
+weekday_in_spanish | Thursday, 1 January | jueves
+weekday_in_dutch | Sunday, 9 May | zondag
+weekday_in_dutch | Thursday, 1 January | donderdag
+weekday_in_swedish | Sunday, 9 May | söndag
+weekday_in_swedish | Thursday, 1 January | torsdag
+two_hours_later | 22:05 | 00:05
+two_hours_later | 17:40 | 19:40
+one_hour_earlier | 00:05 | 23:05
+one_hour_earlier | 17:40 | 16:40
+half_an_hour_later | 23:35 | 00:05
+half_an_hour_later | 17:10 | 17:40
+hour_on_twelve_hour_clock | 00:05 | 12
+hour_on_twelve_hour_clock | 17:40 | 5
+minutes_to_next_hour | 00:05 | 55
+minutes_to_next_hour | 17:00 | 60
+country_in_spanish | Germany | Alemania
+country_in_spanish | France | Francia
+country_in_italian | Germany | Germania
+country_in_italian | France | Francia
+language_in_german | German | Deutsch
+language_in_german | Welsh | Walisisch
+language_in_italian | German | tedesco
+language_in_italian | Welsh | gallese
 """
 ROWS = [tuple(line.split(' | ')) for line in WORKED.strip().splitlines()]
 
