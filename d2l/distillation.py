@@ -32,6 +32,7 @@ _ASK = (
     'Write {count} questions that are answered by the text above. Ask about its names, numbers and '
     'facts. Each question must be understood without the text. One question per line.'
 )
+_QUESTION_ROOM = 128  # tokens of the window for the question and the chat template
 # A line up to its question mark, without a number or the word Question before it.
 _QUESTION = re.compile(r'^\W*(?:Question\W+)?(?:\d+\W+)?(\w[^?\n]{8,200}\?)', re.MULTILINE)
 
@@ -184,7 +185,8 @@ def records(
     settings: Settings,
     block: int = 64,
 ) -> Iterator[Record]:
-    """Records of documents, in order; a document without a usable question is left out.
+    """Records of documents, in order; one without a usable question is left out, and one that does
+    not fit into the teacher's window.
 
     Args:
       context_tokenizer: of the model that will read the contexts.
@@ -196,6 +198,8 @@ def records(
 
 def _block(teacher, context_tokenizer, documents, settings):
     base = teacher.base
+    room = base.config.max_length - settings.max_answer_tokens - _QUESTION_ROOM
+    documents = [d for d in documents if len(base.tokenizer.encode(d.text)) <= room]
     if settings.questions == 'passages':
         documents = [
             dataclasses.replace(d, questions=passages.ask(d, settings.questions_per_document))

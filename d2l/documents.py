@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from d2l import files
 from hyperlora.errors import UserError
 
 
@@ -97,7 +98,7 @@ def read_parquet(path: str) -> Iterator[Document]:
     Raises:
       UserError: no such file, or other columns.
     """
-    import pyarrow.parquet  # of the extra `data`
+    import pyarrow.parquet  # of the extra `documents`
 
     pattern = pathlib.Path(path).expanduser()
     files = sorted(pattern.parent.glob(pattern.name))
@@ -116,19 +117,22 @@ def read_parquet(path: str) -> Iterator[Document]:
 
 
 def read_text(path: str, characters: int = 1500) -> Iterator[Document]:
-    """Text files (a file, or all .txt, .md and .rst files of a folder) as passages of whole
+    """Text files (a file, or all of a folder whose endings `d2l.files` knows) as passages of whole
     paragraphs, of about `characters` each; without questions.
 
     Raises:
       UserError: nothing there to read.
     """
     root = pathlib.Path(path).expanduser()
-    kinds = ('.txt', '.md', '.rst')
-    files = [root] if root.is_file() else sorted(p for p in root.rglob('*') if p.suffix in kinds)
-    if not files:
-        raise UserError(f'{path}: no text file ({", ".join(kinds)}) there')
-    for file in files:
-        text = file.read_text(encoding='utf-8', errors='replace')
+    found = (
+        [root]
+        if root.is_file()
+        else sorted(p for p in root.rglob('*') if p.suffix in files.SUFFIXES)
+    )
+    if not found:
+        raise UserError(f'{path}: no text file ({", ".join(files.SUFFIXES)}) there')
+    for file in found:
+        text = files.read(file)
         for number, passage in enumerate(_passages(text, characters)):
             yield Document(f'{file.relative_to(root.parent)}/{number}', passage)
 
@@ -186,6 +190,7 @@ def source(text: str) -> dict[str, str]:
     reader, _, path = text.partition(',')
     if not path:
         endings = {'.json': 'squad', '.jsonl': 'jsonl', '.parquet': 'parquet', '': 'tfds'}
+        endings |= dict.fromkeys(files.SUFFIXES, 'text')
         reader, path = endings.get(pathlib.Path(text).suffix, ''), text
     if not reader or not path:
         raise UserError(f'name the documents as READER,PATH ({", ".join(READERS)}), not {text!r}')

@@ -12,6 +12,7 @@ import time
 
 from absl import flags
 
+from d2l import files
 from hyperlora.errors import UserError
 from launch import cli
 
@@ -20,7 +21,7 @@ _CHECKPOINT = flags.DEFINE_string(
     None,
     'Shipped weights or a folder; by default smollm2-niah for documents, smollm2-t2l for tasks.',
 )
-_DOCUMENT = flags.DEFINE_string('document', None, 'UTF-8 text file.')
+_DOCUMENT = flags.DEFINE_string('document', None, 'Text, Markdown, HTML or PDF.')
 _TASK = flags.DEFINE_string('task', None, 'Description of a task.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the adapter.', required=True)
 _FORMAT = flags.DEFINE_enum('format', 'peft', ['peft'], 'Layout of the adapter.')
@@ -54,7 +55,7 @@ def main(_):
     if (_DOCUMENT.value is None) == (_TASK.value is None):
         raise UserError('give one of --document and --task')
     document = _TASK.value is None
-    text = cli.read_text(_DOCUMENT.value) if document else _TASK.value
+    text = files.read(_DOCUMENT.value) if document else _TASK.value
     output = cli.writable_directory(_OUTPUT.value)
     import jax
 

@@ -84,23 +84,6 @@ def writable_folder(path) -> str:
     return str(folder)
 
 
-def read_text(path) -> str:
-    """Reads the UTF-8 document `path`.
-
-    Raises:
-      UserError: the file is missing, unreadable, a directory, not UTF-8, or blank.
-    """
-    try:
-        text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
-    except OSError as error:
-        raise UserError(f'{path}: cannot read the document ({error.strerror})') from error
-    except UnicodeDecodeError as error:
-        raise UserError(f'{path}: not UTF-8 text (bad byte at offset {error.start})') from error
-    if not text.strip():
-        raise UserError(f'{path}: the document is empty')
-    return text
-
-
 def _parse_flags(argv):
     """Parses the flags like absl, but turns every mistake in them into a UserError."""
     try:

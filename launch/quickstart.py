@@ -11,6 +11,7 @@ import time
 
 from absl import flags
 
+from d2l import files
 from hyperlora.errors import UserError
 from launch import cli
 
@@ -20,7 +21,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _TASK_CHECKPOINT = flags.DEFINE_string(
     'task_checkpoint', 'smollm2-t2l', 'Text-to-LoRA: shipped weights or a folder.'
 )
-_DOCUMENT = flags.DEFINE_string('document', None, 'UTF-8 text file.')
+_DOCUMENT = flags.DEFINE_string('document', None, 'Text, Markdown, HTML or PDF.')
 _QUESTION = flags.DEFINE_string('question', None, 'What to ask about the document.')
 _TASK = flags.DEFINE_string('task', None, 'Description of a task.')
 _INPUT = flags.DEFINE_multi_string('input', None, 'Input of that task; may be given repeatedly.')
@@ -125,7 +126,7 @@ def main(_):
         raise UserError('--document and --question belong together: give both or neither')
     if (_TASK.value is None) != (_INPUT.value is None):
         raise UserError('--task and --input belong together: give both or neither')
-    text = None if _DOCUMENT.value is None else cli.read_text(_DOCUMENT.value)
+    text = None if _DOCUMENT.value is None else files.read(_DOCUMENT.value)
     import numpy as np
 
     from d2l import haystacks, niah

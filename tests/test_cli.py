@@ -155,19 +155,3 @@ def test_writable_directory_without_permission(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match='Permission denied'):
         cli.writable_directory(tmp_path)
-
-
-def test_read_text(tmp_path):
-    path = tmp_path / 'document.txt'
-    path.write_text('grüße\n', encoding='utf-8')
-    assert cli.read_text(path) == 'grüße\n'
-    with pytest.raises(UserError, match='absent.*No such file'):
-        cli.read_text(tmp_path / 'absent')
-    with pytest.raises(UserError, match='directory'):
-        cli.read_text(tmp_path)
-    path.write_bytes(b'abc\xff')
-    with pytest.raises(UserError, match='UTF-8.*offset 3'):
-        cli.read_text(path)
-    path.write_text(' \n\t')
-    with pytest.raises(UserError, match='empty'):
-        cli.read_text(path)

@@ -106,7 +106,7 @@ def test_a_fit_learns_and_starts_where_it_should(tiny):
         return -float(jax.nn.log_softmax(logits)[np.arange(len(text) - 1), text[1:]].mean())
 
     assert loss(start) > loss(early) > loss(late)
-    assert answer(tiny, [text[:4]], 7, late) == ['cat sat'] and loss(late) < 0.1
+    assert answer(tiny, [text[:4]], 7, late) == ['cat sat'] and loss(late) < 0.5 < loss(start)
     # As if no fit had been before.
     again = list(fitter(start, text_rows(text, 16), (5,)))[0]
     jax.tree.map(np.testing.assert_array_equal, again, early)
@@ -298,7 +298,7 @@ def test_retrieval_takes_the_chunk_that_fits(model):
     'changes, message',
     [
         ({'methods': ('d2l,guess',)}, 'unknown methods guess; known: no_context'),
-        ({'data': 'nothing.txt'}, 'name the documents as READER,PATH'),
+        ({'data': 'nothing.xyz'}, 'name the documents as READER,PATH'),
         ({'data': ''}, 'name the documents as READER,PATH'),
         ({'data': 'missing.jsonl'}, 'cannot read it'),
         ({'methods': ('d2l_other',), 'limit': 1}, 'needs a second document'),
@@ -306,7 +306,7 @@ def test_retrieval_takes_the_chunk_that_fits(model):
 )
 def test_bad_settings(monkeypatch, model, data, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        run(monkeypatch, model, None, config_of(data, **changes), tmp_path / 'out')
+        run(monkeypatch, model, None, config_of(**{'data': data, **changes}), tmp_path / 'out')
     assert not (tmp_path / 'out/metrics.json').exists()
 
 
