@@ -4,10 +4,11 @@
     python -m launch.train --config=configs/d2l_docs.py:VARIANT,RECORDS --workdir=DIR
     python -m launch.train --config=configs/d2l_docs.py:VARIANT_chunks,RECORDS,DIR --workdir=DIR2
 
-RECORDS is what `launch.generate_data` wrote with the same base model; DIR the first stage's
-workdir. Variants: `gemma2_2b`, `mistral_7b`, `qwen3_4b` (the published settings, each for the TPUs
-that it names; for others set config.topology, mesh, groups and accumulate), `tiny` (SmolLM2 and
-seconds; for tests).
+RECORDS is what `launch.generate_data` wrote with the same base model (several folders with `+`
+between); DIR the first stage's workdir. Variants: `smollm2` (two CPU cores; starts from the weights
+for needles), `gemma2_2b`, `mistral_7b`, `qwen3_4b` (the published settings, each for the TPUs that
+it names; for others set config.topology, mesh, groups and accumulate), `tiny` (SmolLM2 and seconds;
+for tests).
 """
 
 import functools
@@ -28,6 +29,7 @@ def get_config(argument: str = '') -> ConfigDict:
     name = variant.removesuffix('_chunks')
     published = functools.partial(_published, name)
     variants = {
+        'smollm2': _smollm2,
         'tiny': _tiny,
         'gemma2_2b': lambda: published('v5e:8x8', {'fsdp': 64}),
         'mistral_7b': lambda: published('v5p:4x4x4', {'fsdp': 64}),
@@ -90,6 +92,33 @@ def _in_chunks(config: ConfigDict) -> None:
     config.accumulate *= 2
     config.objective.max_chunks = 8
     config.chunk_length = 512
+
+
+def _smollm2() -> ConfigDict:
+    """The hypernetwork of needles on short documents with several questions each."""
+    config = d2l_niah.get_config('smollm2')
+    config.name = 'd2l_docs'
+    config.init_from = 'smollm2-niah'
+    config.objective = ConfigDict({'name': 'top_k_distillation', 'l1': 0.0, 'max_chunks': 1})
+    config.data = ConfigDict(
+        {
+            'name': 'documents',
+            'records': '',
+            'steps': 1000,
+            'teacher': 'stored',
+            'group_tokens': 2048,
+            'context_tokens': (128, 256),
+            'chunks': (1.0,),
+            'queries': 4,
+            'query_tokens': 64,
+            'answer_tokens': 24,
+            'teacher_tokens': 384,
+        }
+    )
+    config.optimizer.steps = config.data.steps
+    config.chunk_length = 256
+    config.min_gate = 0.0
+    return config
 
 
 def _tiny() -> ConfigDict:

@@ -215,12 +215,12 @@ class Joined:
 
 
 def load(folders: str, base: BaseModel) -> Joined:
-    """The records of a folder, or of several with commas between, for a base model.
+    """The records of a folder, or of several with `+` between, for a base model.
 
     Raises:
       UserError: records that are unfinished, or made for another base model.
     """
-    found = [Records(folder) for folder in folders.split(',')]
+    found = [Records(folder) for folder in folders.split('+')]
     for records in found:
         made_by = records.meta['base_fingerprint']
         if made_by != base.fingerprint:

@@ -364,7 +364,7 @@ def test_records_of_several_folders(tmp_path, tiny):
         write_records(tmp_path / name, [record(f'{name}{n}', n) for n in lengths], tiny, given)
         for name, lengths in (('a', (5, 6)), ('b', (7, 8, 9)))
     ]
-    joined = records.load(','.join(map(str, folders)), tiny)
+    joined = records.load('+'.join(map(str, folders)), tiny)
     assert joined.lengths.tolist() == [5, 6, 7, 8, 9]
     assert [joined[i].name for i in range(len(joined))] == ['a5', 'a6', 'b7', 'b8', 'b9']
     with pytest.raises(IndexError):
