@@ -3,6 +3,7 @@
     python -m launch.train --config=configs/t2l.py:smollm2,TASKS --workdir=DIR
 
 TASKS is a folder of tasks, a JSON file each; without it the generated tasks alone are trained on.
+With a comma and the workdir of a `reconstruction` after it, training starts from those weights.
 Variants: `smollm2` (two CPU cores), `gemma2_2b`, `mistral_7b`, `llama3_8b` (the published settings,
 each for the TPUs that it names; for other devices set config.mesh and groups), `tiny` (seconds; for
 tests). For comparison, on SmolLM2 and the same loop: `multitask` (one LoRA, on the batches of
@@ -20,6 +21,8 @@ from t2l.collections import collect
 
 # Packed rows that a per-task LoRA sees of its task: as many as `smollm2` with all its tasks.
 _VISITS = 86
+
+_RECONSTRUCTS = {'head_init': 'random', 'z_score': True}
 
 # Tasks to hold out as a whole, by reader. Each has near relatives that are trained on (first and
 # last but not middle, French and German but not Spanish words, next month and previous weekday but
@@ -58,12 +61,12 @@ HELD_OUT = {
 
 
 def get_config(argument: str = 'smollm2') -> ConfigDict:
-    """The config of a variant, and of a folder of tasks after a comma.
+    """The config of a variant, of a folder of tasks, and of what `smollm2` starts from.
 
     Raises:
       UserError: no such variant.
     """
-    variant, _, folder = argument.partition(',')
+    variant, folder, start = (*argument.split(','), '', '')[:3]
     large = 'v5e:4x4', {'fsdp': 8, 'tensor': 2}
     variants = {
         'smollm2': _smollm2,
@@ -77,7 +80,11 @@ def get_config(argument: str = 'smollm2') -> ConfigDict:
     }
     if variant not in variants:
         raise UserError(f'unknown variant {variant!r} of t2l; known: {", ".join(variants)}')
-    return variants[variant](folder)
+    config = variants[variant](folder)
+    if start:
+        config.init_from = start
+        config.hypernetwork.shape.update(_RECONSTRUCTS)
+    return config
 
 
 def _sources(folder: str) -> tuple[dict, ...]:
@@ -224,7 +231,7 @@ def _reconstruction(loras: str) -> ConfigDict:
     config = _smollm2('')
     config.name = 'reconstruction'
     config.hypernetwork.loras = loras
-    config.hypernetwork.shape.update({'head_init': 'random', 'z_score': True})
+    config.hypernetwork.shape.update(_RECONSTRUCTS)
     config.groups = 8
     config.objective = ConfigDict({'name': 'reconstruction', 'delta': False})
     config.data = ConfigDict(

@@ -112,6 +112,12 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise UserError(f'{path} is damaged ({e!r}); make the adapter again') from e
 
 
+def read_metadata(directory: str | Path) -> dict[str, str]:
+    """What `save` noted in the safetensors file of an adapter that can be loaded."""
+    with safetensors.safe_open(Path(directory) / _WEIGHTS, framework='numpy') as file:
+        return {key: text for key, text in (file.metadata() or {}).items() if key != 'format'}
+
+
 def load(
     directory: str | Path, base: DecoderConfig | None = None, fingerprint: str | None = None
 ) -> Lora:

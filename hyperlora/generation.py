@@ -6,7 +6,7 @@ Axes: b rows, s prompt tokens, g LoRA rows, r rank.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -96,12 +96,7 @@ def answer(
       UserError: a prompt and its answer do not fit into the base model's window.
     """
     longest = max(map(len, prompts))
-    if longest + max_new_tokens > base.config.max_length:
-        raise UserError(
-            f'a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the '
-            f'window of {base.config.max_length} tokens of {base.name}; shorten the prompt, or '
-            'internalise the document instead (launch.adapt)'
-        )
+    _check_window(base, longest, max_new_tokens)
     tokens = np.zeros((len(prompts), bucket(longest, 16)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -120,6 +115,68 @@ def answer(
         base.tokenizer.decode(row[: np.argmax(row == eos_id)] if eos_id in row else row)
         for row in np.asarray(out)
     ]
+
+
+def _check_window(base: BaseModel, tokens: int, max_new_tokens: int) -> None:
+    if tokens + max_new_tokens > base.config.max_length:
+        raise UserError(
+            f'a prompt of {tokens} tokens and {max_new_tokens} new ones do not fit into the '
+            f'window of {base.config.max_length} tokens of {base.name}; shorten the prompt, or '
+            'internalise the document instead (launch.adapt)'
+        )
+
+
+def stream(
+    base: BaseModel, prompt: Sequence[int], max_new_tokens: int, lora: Lora | None = None
+) -> Iterator[str]:
+    """The greedy answer to one prompt, in pieces as they come; together what `answer` returns.
+
+    Raises:
+      UserError: see `answer`.
+    """
+    _check_window(base, len(prompt), max_new_tokens)
+    length = bucket(len(prompt), 16)
+    tokens = np.zeros((1, length), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    decoder, eos_id = Decoder(base.config), base.tokenizer.eos_id
+    # Of a few sizes, so that shapes are few.
+    room = length + bucket(max_new_tokens)
+    token, cache = _begin(decoder, base.params, tokens, np.int32(len(prompt)), room, lora)
+    found: list[int] = []
+    told = ''
+    for count in range(max_new_tokens):
+        if int(token[0]) == eos_id:
+            break
+        found.append(int(token[0]))
+        text = base.tokenizer.decode(found)
+        if not text.endswith('\ufffd'):  # else a character is not whole yet
+            yield text[len(told) :]
+            told = text
+        if count + 1 < max_new_tokens:
+            place = np.int32(len(prompt) + count)
+            token, cache = _advance(decoder, base.params, token, place, cache, lora)
+    if text := base.tokenizer.decode(found)[len(told) :]:
+        yield text
+
+
+@functools.partial(jax.jit, static_argnames=('decoder', 'room'))
+def _begin(decoder, params, tokens, length, room, lora):
+    """(first token `[1]`, KV cache for `room` tokens) of a prompt `[1, s]`."""
+    out = decoder.apply({'params': params}, tokens, lora=lora, cache_length=room)
+    hidden = jax.lax.dynamic_index_in_dim(out.hidden, length - 1, 1, keepdims=False)
+    logits = decoder.apply({'params': params}, hidden, method='unembed')
+    return logits.argmax(-1).astype(jnp.int32), out.cache
+
+
+@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='cache')
+def _advance(decoder, params, token, place, cache, lora):
+    """The token after `token [1]`, which stands at `place`, and the cache with it."""
+    positions = jnp.full((1, 1), place)
+    out = decoder.apply(
+        {'params': params}, token[:, None], positions=positions, cache=cache, lora=lora
+    )
+    logits = decoder.apply({'params': params}, out.hidden[:, 0], method='unembed')
+    return logits.argmax(-1).astype(jnp.int32), out.cache
 
 
 def answer_in_batches(

@@ -158,23 +158,31 @@ def project(
 def concatenate(*loras: Lora) -> Lora:
     """Sums LoRAs by concatenating their ranks; a LoRA of one row is shared by all rows.
 
-    All must have the same modules; each scaling is folded into B relative to the first one's.
+    A module that only some of them adapt gets ranks of zeros for the others. Each scaling is folded
+    into B relative to the first one's.
     """
     rows = max(lora.rows for lora in loras)
     first = loras[0]
+    widths = {
+        name: (pair.a.shape[-1], pair.b.shape[-1])
+        for lora in loras
+        for name, pair in lora.pairs.items()
+    }
+
+    def factors(lora: Lora, name: str) -> LoraPair:
+        ratio = lora.scaling / first.scaling if lora is not first else 1
+        if name in lora.pairs:
+            a, b = lora.pairs[name].a, lora.pairs[name].b * ratio
+        else:
+            like = next(iter(lora.pairs.values())).a
+            a, b = (jnp.zeros((*like.shape[:3], width), like.dtype) for width in widths[name])
+        return LoraPair(*(jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:])) for x in (a, b)))
 
     def stack(name: str) -> LoraPair:
-        def widen(x):
-            return jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:]))
+        parts = [factors(lora, name) for lora in loras]
+        return LoraPair(*(jnp.concatenate([getattr(p, x) for p in parts], 2) for x in 'ab'))
 
-        a = [widen(lora.pairs[name].a) for lora in loras]
-        b = [
-            widen(lora.pairs[name].b * (lora.scaling / first.scaling if lora is not first else 1))
-            for lora in loras
-        ]
-        return LoraPair(jnp.concatenate(a, 2), jnp.concatenate(b, 2))
-
-    return Lora({name: stack(name) for name in first.pairs}, first.scaling)
+    return Lora({name: stack(name) for name in sorted(widths)}, first.scaling)
 
 
 def pack(lora: Lora, groups: int) -> Lora:

@@ -7,7 +7,6 @@ Both take [--checkpoint=NAME_OR_DIR] [--format=peft] [--base_quantization=int8].
 adapter; ask it with launch.ask.
 """
 
-import hashlib
 import time
 
 from absl import flags
@@ -34,50 +33,31 @@ _QUANTIZATION = flags.DEFINE_enum(
 )
 
 
-def internalize(model, text):
-    """(LoRA, what was read) of a document."""
-    from d2l.internalize import Internalizer
-
-    internalizer = Internalizer(model, _ITERATIVE.value)
-    tokens = model.hypernetwork.encoder.tokenizer.encode(text)
-    read = f'{len(tokens)} tokens in {len(internalizer.split(tokens))} chunks'
-    return internalizer(tokens), read
-
-
-def specialize(model, text):
-    """(LoRA, what was read) of a description of a task."""
-    from t2l.specialize import Specializer
-
-    return Specializer(model)([text]), f'{len(text)} characters'
-
-
 def main(_):
     if (_DOCUMENT.value is None) == (_TASK.value is None):
         raise UserError('give one of --document and --task')
     document = _TASK.value is None
     text = files.read(_DOCUMENT.value) if document else _TASK.value
     output = cli.writable_directory(_OUTPUT.value)
-    import jax
+    from hyperlora.session import Session
 
-    from hyperlora import adapters, trained
-
-    checkpoint = _CHECKPOINT.value or ('smollm2-niah' if document else 'smollm2-t2l')
-    model = trained.load(checkpoint, quantization=_QUANTIZATION.value)
-    start = time.perf_counter()
-    lora, read = (internalize if document else specialize)(model, text)
-    jax.block_until_ready(lora)
-    seconds = time.perf_counter() - start
-    metadata = {
-        'base_fingerprint': model.base.fingerprint,
-        'hypernetwork': checkpoint,
-    }
+    session = Session(
+        documents=_CHECKPOINT.value or 'smollm2-niah',
+        tasks=_CHECKPOINT.value or 'smollm2-t2l',
+        quantization=_QUANTIZATION.value,
+        iterative=_ITERATIVE.value,
+    )
+    model = (session.internalizer if document else session.specializer).trained
+    read = f'{len(text)} characters'
     if document:
-        metadata['document_sha256'] = hashlib.sha256(text.encode()).hexdigest()
-    else:
-        metadata['task'] = text
-    adapters.save(lora, output, model.base.name, metadata)
+        tokens = model.hypernetwork.encoder.tokenizer.encode(text)
+        read = f'{len(tokens)} tokens in {len(session.internalizer.split(tokens))} chunks'
+    start = time.perf_counter()
+    adapter = (session.internalize if document else session.specialize)(text)
+    seconds = time.perf_counter() - start
+    session.save(adapter, output)
     print(
-        f'{read} -> LoRA of rank {lora.rank}, {lora.nbytes} bytes, in {output}; '
+        f'{read} -> LoRA of rank {adapter.lora.rank}, {adapter.lora.nbytes} bytes, in {output}; '
         f'{seconds:.1f} s with compilation'
     )
 

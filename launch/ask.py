@@ -19,15 +19,11 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 64, 'Limit of the answe
 
 def main(_):
     from hyperlora import adapters
+    from hyperlora.session import Session
 
-    name = adapters.read_config(_ADAPTER.value)['base_model_name_or_path']
-    from hyperlora import generation
-    from hyperlora.models.base import load_base
-
-    base = load_base(_BASE.value or name, quantization=_QUANTIZATION.value)
-    lora = adapters.load(_ADAPTER.value, base.config, base.fingerprint)
-    prompt = base.tokenizer.prompt(_QUESTION.value)
-    print(generation.answer(base, [prompt], _MAX_NEW_TOKENS.value, lora)[0])
+    base = _BASE.value or adapters.read_config(_ADAPTER.value)['base_model_name_or_path']
+    session = Session(base=base, quantization=_QUANTIZATION.value)
+    print(session.ask(_QUESTION.value, session.load(_ADAPTER.value), _MAX_NEW_TOKENS.value))
 
 
 if __name__ == '__main__':

@@ -38,86 +38,50 @@ _TASKS = {
 }
 
 
-def compare(model, document, question, max_new_tokens):
-    """Asks with the LoRA, with nothing, and with the document in the prompt; prints a table.
-
-    Args:
-      model: a `Trained`.
-      document: tokens.
-      question: text.
-      max_new_tokens: limit of each answer.
-    """
-    import jax
-
-    from d2l.internalize import Internalizer
-    from d2l.prompts import in_context_prompt
-    from hyperlora.generation import answer
-
-    base = model.base
+def compare(session, document, question, max_new_tokens):
+    """Asks with the LoRA, with nothing, and with the document in the prompt; prints a table."""
+    base = session.base
     c = base.config
 
-    def row(name, make_prompt, size='', make_lora=lambda: None):
+    def row(name, size=None, make=lambda: None, **where):
         start = time.perf_counter()
-        lora = jax.block_until_ready(make_lora())
+        adapter = make()
         internalised = time.perf_counter()
-        text = answer(base, [make_prompt()], max_new_tokens, lora)[0]
+        text = session.ask(question, adapter, max_new_tokens, **where)
         answered = time.perf_counter()
-        size = size or f'{lora.nbytes / 1e6:.1f}'
+        size = adapter.lora.nbytes if size is None else size
         print(
-            f'{name:26}{internalised - start:13.1f}{answered - internalised:10.1f}{size:>10}  '
-            f'{" ".join(text.split())}',
+            f'{name:26}{internalised - start:13.1f}{answered - internalised:10.1f}'
+            f'{size / 1e6:10.1f}  {" ".join(text.split())}',
             flush=True,
         )
 
-    def bare():
-        return base.tokenizer.prompt(question)
-
-    cache = (
-        2
-        * c.num_layers
-        * c.num_kv_heads
-        * c.head_dim
-        * len(document)
-        * base.params['embedder']['embedding'].dtype.itemsize
-    )
+    tokens = len(base.tokenizer.encode(document))
+    size = base.params['embedder']['embedding'].dtype.itemsize
+    cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * tokens * size
     print(f'{"document":26}{"internalise s":>13}{"answer s":>10}{"MB":>10}  answer')
-    row('internalised (LoRA)', bare, make_lora=lambda: Internalizer(model)(document))
-    row('nowhere', bare, '0.0')
-    cut = ', cut' if len(document) > c.max_length else ''
-    row(
-        f'in the prompt{cut}',
-        lambda: in_context_prompt(base, document, question, max_new_tokens),
-        f'{cache / 1e6:.1f}',
-    )
+    row('internalised (LoRA)', make=lambda: session.internalize(document))
+    row('nowhere', 0)
+    cut = ', cut' if tokens > c.max_length else ''
+    row(f'in the prompt{cut}', cache, document=document)
 
 
-def specialise(model, task, inputs):
+def specialise(session, task, inputs):
     """Answers inputs of a task with the LoRA of its description, and with the description in the
-    prompt; prints a table.
-
-    Args:
-      model: a `Trained`.
-      task: the description.
-      inputs: texts.
-    """
-    import jax
-
-    from hyperlora.generation import answer
-    from t2l.specialize import Specializer
-
+    prompt; prints a table."""
     start = time.perf_counter()
-    lora = jax.block_until_ready(Specializer(model)([task]))
+    adapter = session.specialize(task)
     print(
-        f'\n{task} -> LoRA of {lora.nbytes / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s '
-        'with compilation'
+        f'\n{task} -> LoRA of {adapter.lora.nbytes / 1e6:.1f} MB in '
+        f'{time.perf_counter() - start:.1f} s with compilation'
     )
 
-    def answers(before='', lora=None):
-        prompts = [model.base.tokenizer.prompt(before + text) for text in inputs]
-        return [' '.join(text.split()) for text in answer(model.base, prompts, 16, lora)]
+    def answers(inputs, adapter=None):
+        return [' '.join(text.split()) for text in session.ask_all(inputs, adapter, 16)]
 
+    prompted = [f'{task}\n\n{text}' for text in inputs]
     print(f'{"input":24}{"with the LoRA":32}with the description in the prompt')
-    for row in zip(inputs, answers(lora=lora), answers(f'{task}\n\n'), strict=True):
+    for row in zip(inputs, answers(inputs, adapter), answers(prompted), strict=True):
         print('{:24}{:32}{}'.format(*row), flush=True)
 
 
@@ -130,34 +94,32 @@ def main(_):
     import numpy as np
 
     from d2l import haystacks, niah
-    from hyperlora import trained
+    from hyperlora.session import Session
 
-    model = trained.load(_CHECKPOINT.value)
-    window = model.base.config.max_length
+    session = Session(_CHECKPOINT.value, _TASK_CHECKPOINT.value)
+    tokenizer = session.internalizer.trained.hypernetwork.encoder.tokenizer
     seed = time.time_ns() if _SEED.value is None else _SEED.value
     rng = np.random.default_rng(seed)
     (number,) = niah.random_numbers(rng, 1)
-    document = (
-        niah.Writer(model.hypernetwork.encoder.tokenizer)
+    tokens = (
+        niah.Writer(tokenizer)
         .write(rng, haystacks.varied, _TOKENS, niah.NEEDLE.format(number))
         .tokens
     )
+    base = session.base
     print(
-        f'{number} is hidden in {len(document)} tokens; the window of {model.base.name} is '
-        f'{window}. Seconds include compilation; MB are those of the LoRA, or of the KV cache '
-        f'of the whole document. --seed={seed}'
+        f'{number} is hidden in {len(tokens)} tokens; the window of {base.name} is '
+        f'{base.config.max_length}. Seconds include compilation; MB are those of the LoRA, or of '
+        f'the KV cache of the whole document. --seed={seed}'
     )
-    compare(model, document, niah.QUESTION, 16)
+    compare(session, tokenizer.decode(tokens), niah.QUESTION, 16)
     if text is not None:
-        document = model.hypernetwork.encoder.tokenizer.encode(text)
-        print(f'\n{_DOCUMENT.value}, {len(document)} tokens: {_QUESTION.value}')
-        compare(model, document, _QUESTION.value, 64)
-
-    model = trained.load(_TASK_CHECKPOINT.value, model.base)
+        print(f'\n{_DOCUMENT.value}, {len(session.tokens(text))} tokens: {_QUESTION.value}')
+        compare(session, text, _QUESTION.value, 64)
     for task, inputs in _TASKS.items():
-        specialise(model, task, inputs)
+        specialise(session, task, inputs)
     if _TASK.value is not None:
-        specialise(model, _TASK.value, _INPUT.value)
+        specialise(session, _TASK.value, _INPUT.value)
 
 
 if __name__ == '__main__':

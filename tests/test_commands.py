@@ -20,9 +20,18 @@ from configs import t2l as t2l_config
 from d2l import evaluation, haystacks, prompts
 from d2l.internalize import Internalizer
 from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
-from hyperlora import adapters, checkpointing, generation, hypernetwork, meta_learning, trained
+from hyperlora import (
+    adapters,
+    checkpointing,
+    generation,
+    hypernetwork,
+    meta_learning,
+    session,
+    trained,
+)
 from hyperlora.models import base as base_models
 from hyperlora.models import weights
+from hyperlora.session import Session
 from t2l import evaluation as t2l_evaluation
 from t2l.specialize import Specializer
 
@@ -34,7 +43,7 @@ def base():
     """SmolLM2, loaded once for all commands."""
     load = functools.cache(base_models.load_base)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (base_models, trained):
+        for module in (base_models, session, trained):
             patch.setattr(module, 'load_base', lambda name, *_, **__: load(name))
         yield load('smollm2')
 
@@ -223,7 +232,7 @@ def task_checkpoint(base, tmp_path_factory):
 def test_adapt_to_a_task(command, checkpoint, task_checkpoint, document, base, tmp_path):
     task, output = 'Write the word in capital letters.', tmp_path / 'adapter'
     code, out, err = command('adapt', checkpoint=task_checkpoint, task=task, output=output)
-    assert code == 0 and 'rank 8' in out, err
+    assert code == 0 and 'rank 4' in out, err
     wanted = Specializer(trained.load(str(task_checkpoint), base))(['Another task.', task])
     saved = adapters.load(output, base.config, base.fingerprint)
     np.testing.assert_allclose(
@@ -329,12 +338,12 @@ def test_export_of_a_training(command, untrained, base, tmp_path):
 def test_quickstart_compares_three_ways(checkpoint, base, capsys):
     compare = execute('quickstart', 'quickstart')['compare']
     capsys.readouterr()
-    tokens = base.tokenizer.encode(NEEDLE.format(4821) + ' ' + DOCUMENT)
-    compare(trained.load(str(checkpoint), base), tokens, QUESTION, 16)
+    text = f'{NEEDLE.format(4821)} {DOCUMENT}'
+    compare(Session(str(checkpoint)), text, QUESTION, 16)
     lines = capsys.readouterr().out.splitlines()
     assert [line[:7] for line in lines] == ['documen', 'interna', 'nowhere', 'in the ']
     assert '4821' in lines[3]
-    cache = 2 * 30 * 3 * 64 * 4 * len(tokens)
+    cache = 2 * 30 * 3 * 64 * 4 * len(base.tokenizer.encode(text))
     assert f'{cache / 1e6:.1f}' in lines[3]
 
 
@@ -343,7 +352,7 @@ def test_quickstart_describes_a_task(task_checkpoint, base, capsys):
     specialise = execute('quickstart', 'quickstart')['specialise']
     capsys.readouterr()
     task, inputs = 'Shout the word.', ['red', 'What is the capital of France?']
-    specialise(trained.load(str(task_checkpoint), base), task, inputs)
+    specialise(Session(tasks=str(task_checkpoint), base=base), task, inputs)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith(f'{task} -> LoRA of ') and len(lines) == 5
     lora = Specializer(trained.load(str(task_checkpoint), base))([task])

@@ -1,0 +1,219 @@
+"""The way in from Python: teach a frozen model a document or a task, and ask it.
+
+    session = Session()
+    adapter = session.internalize(text)
+    print(session.ask('Who keeps the lighthouse?', adapter))
+
+What is taught is an `Adapter`, a LoRA with a note of where it comes from; it can be composed with
+others, saved and loaded. `hyperlora.lora` says what a `Lora` is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from d2l.internalize import Internalizer
+from d2l.memory import Memory
+from d2l.prompts import in_context_prompt
+from hyperlora import adapters, generation, trained
+from hyperlora import lora as lora_lib
+from hyperlora.lora import Lora
+from hyperlora.models.base import BaseModel, load_base
+from t2l.specialize import Specializer
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A LoRA of one row, and where it comes from.
+
+    Attributes:
+      lora: what the base model answers with.
+      metadata: of its file: `base_fingerprint`, `hypernetwork`, and `document_sha256` or `task`.
+    """
+
+    lora: Lora
+    metadata: dict[str, str]
+
+
+class Session:
+    """A frozen base model with hypernetworks for documents and for tasks, each loaded when it is
+    first needed."""
+
+    def __init__(
+        self,
+        documents: str = 'smollm2-niah',
+        tasks: str = 'smollm2-t2l',
+        base: str | BaseModel | None = None,
+        quantization: str | None = None,
+        iterative: bool = False,
+    ):
+        """
+        Args:
+          documents, tasks: checkpoints, see `trained.load`; both for the same base model.
+          base: that model or its name, if no checkpoint shall say.
+          quantization: of the base model, see `load_base`; None for that of the training.
+          iterative: internalise with less memory, more slowly.
+        """
+        self._documents, self._tasks = documents, tasks
+        self._quantization, self._iterative = quantization, iterative
+        if isinstance(base, str):
+            base = load_base(base, quantization=quantization or 'none')
+        self._base = base
+
+    @functools.cached_property
+    def internalizer(self) -> Internalizer:
+        """Raises UserError: see `trained.load` and `Internalizer`."""
+        return Internalizer(self._load(self._documents), self._iterative)
+
+    @functools.cached_property
+    def specializer(self) -> Specializer:
+        """Raises UserError: see `trained.load` and `Specializer`."""
+        return Specializer(self._load(self._tasks))
+
+    @property
+    def base(self) -> BaseModel:
+        """The frozen model."""
+        return self._base or self.internalizer.trained.base
+
+    def _load(self, checkpoint: str) -> trained.Trained:
+        model = trained.load(checkpoint, self._base, self._quantization)
+        self._base = model.base
+        return model
+
+    # ---- teach
+
+    def internalize(self, text: str) -> Adapter:
+        """A document -> what the model knows of it afterwards.
+
+        Raises:
+          UserError: the document is empty.
+        """
+        lora = self.internalizer(self.tokens(text))
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return self._adapter(lora, self._documents, document_sha256=digest)
+
+    def specialize(self, description: str) -> Adapter:
+        """A task in words -> the model's specialisation to it.
+
+        Raises:
+          UserError: the description is empty or too long.
+        """
+        return self.specialize_all([description])[0]
+
+    def specialize_all(self, descriptions: Sequence[str]) -> list[Adapter]:
+        """As `specialize`, many in one call."""
+        loras = self.specializer(descriptions)
+        return [
+            self._adapter(
+                loras.replace(pairs=jax.tree.map(lambda x, i=i: x[:, i : i + 1], loras.pairs)),
+                self._tasks,
+                task=description,
+            )
+            for i, description in enumerate(descriptions)
+        ]
+
+    def memory(self) -> Memory:
+        """For several documents in one model, which come and go; its `lora()` can be asked."""
+        return Memory(self.internalizer)
+
+    def compose(self, *parts: Adapter | Lora, scales: Sequence[float] | None = None) -> Adapter:
+        """The sum of adapters, each scaled. (Documents that shall share the model are better kept
+        in a `memory`: there, what all documents have in common counts once.)
+
+        Raises:
+          ValueError: no part, or another number of scales.
+        """
+        scales = [1.0] * len(parts) if scales is None else scales
+        scaled = [
+            lora_lib.scale(_lora(part), scale) for part, scale in zip(parts, scales, strict=True)
+        ]
+        names = [
+            part.metadata.get('hypernetwork', '') for part in parts if isinstance(part, Adapter)
+        ]
+        lora = lora_lib.compact(lora_lib.concatenate(*scaled))
+        return self._adapter(lora, ' + '.join(filter(None, names)))
+
+    # ---- ask
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a document for the model that reads it."""
+        return self.internalizer.trained.hypernetwork.encoder.tokenizer.encode(text)
+
+    def ask(
+        self,
+        question: str,
+        adapter: Adapter | Lora | None = None,
+        max_new_tokens: int = 64,
+        document: str = '',
+    ) -> str:
+        """The greedy answer of the model, as it is without an adapter.
+
+        Args:
+          document: a text to put into the prompt, cut to the window.
+
+        Raises:
+          UserError: the question does not fit into the window.
+        """
+        return self.ask_all([question], adapter, max_new_tokens, document)[0]
+
+    def ask_all(
+        self,
+        questions: Sequence[str],
+        adapter: Adapter | Lora | None = None,
+        max_new_tokens: int = 64,
+        document: str = '',
+    ) -> list[str]:
+        """As `ask`, in batches."""
+        prompts = [self.prompt(question, max_new_tokens, document) for question in questions]
+        return generation.answer_in_batches(self.base, prompts, max_new_tokens, _lora(adapter))
+
+    def stream(
+        self,
+        question: str,
+        adapter: Adapter | Lora | None = None,
+        max_new_tokens: int = 64,
+        document: str = '',
+    ) -> Iterator[str]:
+        """As `ask`, in pieces as they come."""
+        prompt = self.prompt(question, max_new_tokens, document)
+        return generation.stream(self.base, prompt, max_new_tokens, _lora(adapter))
+
+    def prompt(self, question: str, max_new_tokens: int, document: str = '') -> list[int]:
+        """Tokens of a question in the chat template, perhaps with a document before it."""
+        tokenizer = self.base.tokenizer
+        if not document:
+            return tokenizer.prompt(question)
+        return in_context_prompt(self.base, tokenizer.encode(document), question, max_new_tokens)
+
+    # ---- keep
+
+    def save(self, adapter: Adapter, directory: str | Path) -> None:
+        """Writes PEFT's layout to a folder, which is made if need be."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        adapters.save(adapter.lora, directory, self.base.name, adapter.metadata)
+
+    def load(self, directory: str | Path) -> Adapter:
+        """Reads an adapter that `save` or PEFT wrote.
+
+        Raises:
+          UserError: damaged files, or another base model; see `adapters.load`.
+        """
+        lora = adapters.load(directory, self.base.config, self.base.fingerprint)
+        return Adapter(lora, adapters.read_metadata(directory))
+
+    def _adapter(self, lora: Lora, hypernetwork: str, **source: str) -> Adapter:
+        fingerprint = self.base.fingerprint
+        return Adapter(
+            jax.block_until_ready(lora),
+            {'base_fingerprint': fingerprint, 'hypernetwork': hypernetwork, **source},
+        )
+
+
+def _lora(adapter: Adapter | Lora | None) -> Lora | None:
+    return adapter.lora if isinstance(adapter, Adapter) else adapter
