@@ -170,7 +170,7 @@ def _smollm2(folder: str) -> ConfigDict:
     config.hypernetwork.embedder = 'minilm'
     config.hypernetwork.modules = ('down_proj', 'o_proj', 'q_proj', 'v_proj')
     config.hypernetwork.shape.update(
-        {'rank': 4, 'scaling': 4.0, 'embedding_width': 384, 'latent_size': 256, 'head_width': 768}
+        {'embedding_width': 384, 'latent_size': 256, 'head_width': 384, 'scaling': 2 * 8**0.5}
     )
     config.objective.label_smoothing = 0.0
     # Many tasks a step, with about two examples each: what tells tasks apart is learned sooner.
