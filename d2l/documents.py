@@ -1,7 +1,7 @@
 """Documents with questions, from files of several layouts.
 
-A reader maps a path (or, for `tfds`, a name) to documents. What it finds wrong it names, with file
-and line.
+A reader maps a path (for `tfds` a name, for `facts` a number) to documents. What it finds wrong it
+names, with file and line.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def read_parquet(path: str) -> Iterator[Document]:
     Raises:
       UserError: no such file, or other columns.
     """
-    import pyarrow.parquet  # of the extra `data`
+    import pyarrow.parquet  # of the extra `documents`
 
     pattern = pathlib.Path(path).expanduser()
     files = sorted(pattern.parent.glob(pattern.name))
@@ -167,12 +167,28 @@ def read_tfds(name: str, split: str = 'train', data_dir: str | None = None) -> I
         yield Document(f'{name}/{number}', context, tuple(questions))
 
 
+def read_facts(*args: Any, **kwargs: Any) -> Iterator[Document]:
+    """See `d2l.facts.read_facts`.
+
+    Raises:
+      UserError: faker is missing.
+    """
+    try:
+        from d2l import facts
+    except ImportError as error:
+        raise UserError(
+            f'made-up facts need {error.name}: pip install "hyperlora[documents]"'
+        ) from error
+    return facts.read_facts(*args, **kwargs)
+
+
 READERS: dict[str, Callable[..., Iterable[Document]]] = {
     'squad': read_squad,
     'jsonl': read_jsonl,
     'parquet': read_parquet,
     'text': read_text,
     'tfds': read_tfds,
+    'facts': read_facts,
 }
 
 
