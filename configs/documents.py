@@ -2,13 +2,15 @@
 
     python -m launch.generate_data --config=configs/documents.py:READER,PATH --output=DIR
 
-READER,PATH: `squad,FILE`, `jsonl,FILE`, `parquet,PATTERN`, `text,FOLDER` or `tfds,NAME`
-(`d2l.documents.READERS`).
+READER,PATH: `squad,FILE`, `jsonl,FILE`, `parquet,PATTERN`, `text,FOLDER`, `tfds,NAME`
+(`d2l.documents.READERS`) or `facts,COUNT`: made-up documents, whose answers are given; with
+`facts,COUNT,SPLIT` those of a split (train, phrasings, attributes). Set config.source.seed and
+facts (such as "(8, 8)").
 """
 
 from ml_collections import ConfigDict
 
-from hyperlora.errors import UserError
+from d2l import documents
 
 
 def get_config(argument: str = '') -> ConfigDict:
@@ -17,10 +19,8 @@ def get_config(argument: str = '') -> ConfigDict:
     Raises:
       UserError: no source.
     """
-    reader, _, path = argument.partition(',')
-    if not path:
-        raise UserError('name the documents: configs/documents.py:READER,PATH')
-    return ConfigDict(
+    source = documents.source(argument)
+    config = ConfigDict(
         {
             'base': 'smollm2',
             'base_dtype': 'float32',
@@ -29,7 +29,7 @@ def get_config(argument: str = '') -> ConfigDict:
             # Weights of configs/reader.py, the LoRA that the teacher reads with; none if empty.
             'reader': '',
             'mesh': {'slice': 1, 'data': 1, 'fsdp': -1, 'tensor': 1},
-            'source': {'reader': reader, 'name' if reader == 'tfds' else 'path': path},
+            'source': source,
             'limit': 0,  # documents, the first ones; 0 for all
             'shards': 8,  # files; each is written whole, by one process
             'tokens_per_pass': 4096,
@@ -42,3 +42,6 @@ def get_config(argument: str = '') -> ConfigDict:
             },
         }
     )
+    if source['reader'] == 'facts':
+        config.settings.update({'answers': 'given', 'max_answer_tokens': 24, 'entries': 0})
+    return config

@@ -1,7 +1,7 @@
 """Documents with questions, from files of several layouts.
 
-A reader maps a path (or, for `tfds`, a name) to documents. What it finds wrong it names, with file
-and line.
+A reader maps a path (for `tfds` a name, for `facts` a number) to documents. What it finds wrong it
+names, with file and line.
 """
 
 from __future__ import annotations
@@ -171,18 +171,35 @@ def read_tfds(name: str, split: str = 'train', data_dir: str | None = None) -> I
         yield Document(f'{name}/{number}', context, tuple(questions))
 
 
+def read_facts(*args: Any, **kwargs: Any) -> Iterator[Document]:
+    """See `d2l.facts.read_facts`.
+
+    Raises:
+      UserError: faker is missing.
+    """
+    try:
+        from d2l import facts
+    except ImportError as error:
+        raise UserError(
+            f'made-up facts need {error.name}: pip install "hyperlora[documents]"'
+        ) from error
+    return facts.read_facts(*args, **kwargs)
+
+
 READERS: dict[str, Callable[..., Iterable[Document]]] = {
     'squad': read_squad,
     'jsonl': read_jsonl,
     'parquet': read_parquet,
     'text': read_text,
     'tfds': read_tfds,
+    'facts': read_facts,
 }
 
 
-def source(text: str) -> dict[str, str]:
+def source(text: str) -> dict[str, Any]:
     """What `READER,PATH` names, as a source of `read`. A path alone is read by its ending (.json is
-    SQuAD's layout); what has none is the name of a TFDS data set.
+    SQuAD's layout); what has none is the name of a TFDS data set. Made-up documents are named as
+    `facts,COUNT` or `facts,COUNT,SPLIT`.
 
     Raises:
       UserError: neither.
@@ -194,6 +211,12 @@ def source(text: str) -> dict[str, str]:
         reader, path = endings.get(pathlib.Path(text).suffix, ''), text
     if not reader or not path:
         raise UserError(f'name the documents as READER,PATH ({", ".join(READERS)}), not {text!r}')
+    if reader == 'facts':
+        count, _, split = path.partition(',')
+        if not count.isdecimal():
+            raise UserError(f'how many made-up documents? facts,COUNT, not {text!r}')
+        split = split or 'train'
+        return {'reader': reader, 'count': int(count), 'seed': 0, 'facts': (1, 8), 'split': split}
     return {'reader': reader, 'name' if reader == 'tfds' else 'path': path}
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import sys
 
 import flax.linen as nn
 import jax
@@ -12,6 +14,7 @@ from conftest import tiny_base, tiny_training
 from ml_collections import ConfigDict
 
 from configs import d2l_docs
+from configs import documents as documents_config
 from d2l import distillation, docs, documents, passages, reading, records
 from d2l.distillation import Settings, Teacher
 from d2l.docs import DocumentGroups
@@ -115,6 +118,146 @@ def test_bad_sources(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             documents.read([source])
+
+
+# --------------------------------------------------------------------------------------- facts
+
+
+@pytest.fixture(scope='module')
+def facts():
+    pytest.importorskip('faker')
+    from d2l import facts
+
+    return facts
+
+
+def test_tables_of_facts(facts):
+    assert len(facts.KINDS) >= 12
+    count = sum(len(kind.attributes) for kind in facts.KINDS.values())
+    held_out = sum(len(kind.held_out) for kind in facts.KINDS.values())
+    assert count >= 100 and 0.1 < held_out / (count + held_out) < 0.16
+    for name, kind in facts.KINDS.items():
+        questions = []
+        for attribute in (*kind.attributes, *kind.held_out):
+            where = f'{name}, {attribute.name}'
+            least = ((0, 0), (4, 6)) if attribute in kind.held_out else ((3, 4), (1, 2))
+            source = attribute.values[0]
+            assert source in facts.WORDS or hasattr(facts._Inventor, source), where
+            for phrasings, (statements, asked) in zip(
+                (attribute.train, attribute.test), least, strict=True
+            ):
+                assert len(phrasings.statements) >= statements, where
+                assert len(phrasings.questions) >= asked, where
+                for text in phrasings.statements:
+                    assert [len(re.findall(rf'\b{x}\b', text)) for x in 'XV'] == [1, 1], text
+                    small = source in facts.WORDS and facts.WORDS[source][0].islower()
+                    assert not (text.startswith('V') and small), text
+                for text in phrasings.questions:
+                    assert [len(re.findall(rf'\b{x}\b', text)) for x in 'XV'] == [1, 0], text
+                questions += phrasings.questions
+        assert len(set(questions)) == len(questions)  # none asks for two attributes
+
+
+@pytest.mark.parametrize('split', ['train', 'phrasings', 'attributes'])
+def test_facts(facts, split):
+    tokenizer = load_base('smollm2', jnp.float32).tokenizer
+    found = list(documents.read_facts(150, seed=3, facts=8, split=split))
+    again = documents.read([{'reader': 'facts', 'count': 5, 'seed': 3, 'facts': 8, 'split': split}])
+    assert again == found[:5]
+    assert [document.name for document in found[:2]] == ['facts/3/0', 'facts/3/1']
+    assert len({document.text for document in found}) == len(found)
+    for document in found:
+        assert len(tokenizer.encode(document.text)) <= 230
+        assert not re.search(r'[XVWN~{}]\b(?<!\w\w)|  | a [aeio]| an [bcdfg]', document.text)
+        questions = [question.text for question in document.questions]
+        assert len(set(questions)) == 8
+        for question in document.questions:
+            assert question.answers[0] in document.text
+            assert len(set(question.answers)) == len(question.answers)
+            assert 1 <= len(question.answers[0].split()) <= 5
+            assert question.answers[0].lower() not in question.text.lower().split()
+            # It names what it asks about as the text does.
+            words = facts._NAMES.findall(question.text[1:])
+            named = [word for word in words if 'day' not in word]
+            assert named and all(word in document.text for word in named), question.text
+    lengths = [len(d.questions) for d in documents.read_facts(100, seed=3, split=split)]
+    assert set(lengths) == set(range(1, 9))
+
+
+def test_splits_of_facts(facts, monkeypatch):
+    """What a split says and asks, taken from the tables as it is drawn."""
+    said = {}
+    for split in facts.SPLITS:
+        used = said[split] = set()
+        tell = facts._Writer.tell
+
+        def note(self, own, used=used, tell=tell):
+            used.update(text for fact in own for text in (fact.statement, fact.question))
+            return tell(self, own)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(facts._Writer, 'tell', note)
+            list(facts.read_facts(1500, split=split))
+    attributes = [a for kind in facts.KINDS.values() for a in kind.attributes]
+    held_out = [a for kind in facts.KINDS.values() for a in kind.held_out]
+
+    def texts(phrasings):
+        return {text for p in phrasings for text in (*p.statements, *p.questions)}
+
+    wanted = {
+        'train': texts(a.train for a in attributes),
+        'phrasings': texts(a.test for a in attributes),
+        'attributes': texts(a.test for a in held_out),
+    }
+    for split, used in said.items():
+        assert used <= wanted[split] and len(used) > 0.9 * len(wanted[split])
+    assert not wanted['train'] & (wanted['phrasings'] | wanted['attributes'])
+
+
+def test_facts_go_with_their_seed(facts):
+    first, other = (documents.read([{'reader': 'facts', 'count': 3, 'seed': s}]) for s in (0, 1))
+    assert not {d.text for d in first} & {d.text for d in other}
+    splits = [list(documents.read_facts(3, split=split))[0].text for split in facts.SPLITS]
+    assert len(set(splits)) == 3
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ({'split': 'test'}, 'unknown split .test.*train, phrasings, attributes'),
+        ({'facts': 0}, 'number from 1 to 20'),
+        ({'facts': (5, 2)}, 'number from 1 to 20'),
+        ({'facts': 2.5}, 'number from 1 to 20'),
+        ({'facts': (1, 2, 3)}, 'number from 1 to 20'),
+        ({'facts': 'many'}, 'number from 1 to 20'),
+        ({'count': 0}, 'positive number'),
+        ({'number': 3}, "arguments of the reader 'facts'"),
+    ],
+)
+def test_bad_facts(facts, arguments, message):
+    with pytest.raises(UserError, match=message):
+        documents.read([{'reader': 'facts', 'count': 3, **arguments}])
+
+
+def test_facts_without_faker(monkeypatch):
+    monkeypatch.delitem(sys.modules, 'd2l.facts', raising=False)
+    monkeypatch.delattr('d2l.facts', raising=False)
+    for name in ('faker', 'faker.factory'):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=r'need faker.*hyperlora\[documents\]'):
+        documents.read([{'reader': 'facts', 'count': 3}])
+
+
+def test_config_of_facts():
+    config = documents_config.get_config('facts,20')
+    assert config.source.to_dict() == {
+        **{'reader': 'facts', 'count': 20, 'seed': 0},
+        **{'facts': (1, 8), 'split': 'train'},
+    }
+    assert (config.settings.answers, config.settings.entries) == ('given', 0)
+    assert documents_config.get_config('squad,FILE').settings.answers == 'generated'
+    with pytest.raises(UserError, match='how many'):
+        documents_config.get_config('facts,many')
 
 
 # ------------------------------------------------------------------------------------- records

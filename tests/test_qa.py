@@ -339,3 +339,8 @@ def test_sources():
     assert documents.source('x/a.json') == {'reader': 'squad', 'path': 'x/a.json'}
     assert documents.source('squad') == {'reader': 'tfds', 'name': 'squad'}
     assert documents.source('tfds,drop') == {'reader': 'tfds', 'name': 'drop'}
+    facts = {'reader': 'facts', 'count': 9, 'seed': 0, 'facts': (1, 8)}
+    assert documents.source('facts,9') == {**facts, 'split': 'train'}
+    assert documents.source('facts,9,phrasings') == {**facts, 'split': 'phrasings'}
+    with pytest.raises(UserError, match='how many made-up documents'):
+        documents.source('facts,many')
