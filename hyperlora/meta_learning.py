@@ -57,7 +57,16 @@ class TrainState:
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up, then cosine decay from `learning_rate` to `end_learning_rate`."""
+    """Linear warm-up, then cosine decay from `learning_rate` to `end_learning_rate`.
+
+    Raises:
+      UserError: nothing is left after the warm-up.
+    """
+    if config.warmup_steps >= config.steps:
+        raise UserError(
+            f'optimizer.warmup_steps ({config.warmup_steps}) must be less than optimizer.steps '
+            f'({config.steps})'
+        )
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, config.end_learning_rate
     )

@@ -1,6 +1,7 @@
 """The commands on a tiny, untrained hypernetwork for the real SmolLM2, in this process."""
 
 import functools
+import importlib
 import json
 import re
 import runpy
@@ -17,7 +18,7 @@ from test_reconstruction import write_table
 
 from configs import d2l_niah
 from configs import t2l as t2l_config
-from d2l import evaluation, haystacks, prompts
+from d2l import evaluation, haystacks, prompts, records
 from d2l.internalize import Internalizer
 from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
 from hyperlora import (
@@ -25,6 +26,7 @@ from hyperlora import (
     checkpointing,
     generation,
     hypernetwork,
+    lora_table,
     meta_learning,
     session,
     trained,
@@ -89,6 +91,8 @@ def execute(name, run_name='__main__'):
     """Runs launch/NAME.py and forgets its flags, which other commands define too."""
     app.define_help_flags()
     known = set(flags.FLAGS)
+    if 'launch.distributed' in sys.modules:  # it defines flags when it is imported
+        importlib.reload(sys.modules['launch.distributed'])
     try:
         return runpy.run_module(f'launch.{name}', run_name=run_name)
     finally:
@@ -365,6 +369,55 @@ def test_quickstart_describes_a_task(task_checkpoint, base, capsys):
         lines[3:], inputs, answers('', lora), answers(f'{task}\n\n'), strict=True
     ):
         assert ''.join(line.split()) == ''.join(' '.join(parts).split())
+
+
+def test_a_reader_is_trained_and_teaches(command, checkpoint, base, tmp_path):
+    """Given answers -> a reader -> its answers as records; and it reads in the evaluation."""
+    given, reader, taught, data = (tmp_path / n for n in ('given', 'reader', 'taught', 'a.jsonl'))
+    entry = {'text': 'Mara keeps the lighthouse.', 'question': 'Who?', 'answers': ['Mara']}
+    data.write_text(json.dumps(entry))
+    source = {'config': f'configs/documents.py:jsonl,{data}', 'config_shards': 1}
+    short = {'config_settings.max_answer_tokens': 8}
+    made = {'config_settings.answers': 'given', 'config_settings.entries': 0}
+    code, out, err = command('generate_data', output=given, **source, **made)
+    assert code == 0 and '1 of 1 documents' in out, err
+    steps = {f'config_{key}': 2 for key in ('optimizer.steps', 'data.steps', 'groups')}
+    steps['config_optimizer.warmup_steps'] = 2
+    assert_mistake(
+        command('train', config=f'configs/reader.py:{given}', workdir=reader, **steps),
+        'warmup_steps',
+    )
+    steps['config_optimizer.warmup_steps'] = 1
+    small = {'config_data.row_tokens': 64, 'config_data.row_labels': 8}
+    code, out, err = command(
+        'train', config=f'configs/reader.py:{given}', workdir=reader, **steps, **small
+    )
+    assert code == 0, err
+    code, out, err = command(
+        'generate_data', **source, **short, config_reader=reader, output=taught
+    )
+    assert code == 0, err
+    lora = lora_table.entries(trained.load(str(reader), base), 0)
+    found = [len(records.Records(str(folder))) for folder in (given, taught)]
+    assert found[0] == 1
+    prompt = prompts.in_context_prompt(base, base.tokenizer.encode(entry['text']), 'Who?', 8)
+    (wanted,) = generation.answer(base, [prompt], 8, lora)
+    if found[1]:  # it came to an end
+        query = records.Records(str(taught))[0].queries[0]
+        assert base.tokenizer.decode(query.answer[:-1]) == wanted
+        assert query.teacher_ids.shape == (len(query.answer), 16)
+    settings = {'config': 'configs/eval_qa.py', 'checkpoint': checkpoint, 'config_data': data}
+    code, out, err = command(
+        *('evaluate',),
+        **settings,
+        **{'config_reader': reader, 'config_methods': 'in_context', 'config_max_new_tokens': 8},
+        workdir=tmp_path / 'scores',
+    )
+    assert code == 0, err
+    metrics = json.loads((tmp_path / 'scores/metrics.json').read_text())
+    assert metrics['documents']['1']['methods']['in_context']['answers'] == [wanted]
+    data.write_text(json.dumps({'text': 'Mara keeps the lighthouse.'}))
+    assert_mistake(command('generate_data', output=tmp_path / 'none', **source), 'has a question')
 
 
 # ----------------------------------------------------------------------------------- mistakes
