@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
             'rank': 8,
             'scaling': 2.0,
             'learning_rate': 1e-3,
-            'query_tokens': 96,
+            'query_tokens': 128,
+            'answer_tokens': 64,  # of the answers that they train on; longer ones are left out
             # 'none', 'int8' or 'int4'; by default as in the training.
             'base_quantization': config_dict.placeholder(str),
         }

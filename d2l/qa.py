@@ -209,13 +209,13 @@ class Methods:
         settings = distillation.Settings(
             questions='given' if oracle else 'generated',
             questions_per_document=c.generated_questions,
-            max_answer_tokens=c.max_new_tokens,
+            max_answer_tokens=c.answer_tokens,
         )
         found = list(distillation.records(self._teacher, self.base.tokenizer, [document], settings))
         shape = ConfigDict(
             {
                 'query_tokens': c.query_tokens,
-                'answer_tokens': c.max_new_tokens,
+                'answer_tokens': c.answer_tokens,
                 'teacher': 'stored',
             }
         )
@@ -296,6 +296,8 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
                     'rank',
                     'scaling',
                     'learning_rate',
+                    'query_tokens',
+                    'answer_tokens',
                 )
             },
         },

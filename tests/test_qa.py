@@ -177,7 +177,7 @@ def config_of(data, **changes):
     config.retrieved_tokens = config.truncated_tokens = 20
     config.generated_questions = 2
     config.steps = (1, 3)
-    config.query_tokens = 64
+    config.query_tokens, config.answer_tokens = 64, 6
     config.update(changes)
     return config
 
