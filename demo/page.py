@@ -1,7 +1,7 @@
 """The page: tabs for documents, tasks and adapters.
 
-Every text of a user's stands in a text box or a label, never in Markdown or HTML; what went wrong is
-said in the status line of its tab. Handlers yield the values of their outputs and a status.
+Every text of a user's stands in a text box or a label, never in Markdown or HTML; what went wrong
+is said in the status line of its tab. Handlers yield the values of their outputs and a status.
 """
 
 from __future__ import annotations
@@ -162,9 +162,17 @@ class Handlers:
 
 
 def guarded(handler, outputs: int):
-    """A handler that ends in a sentence, whatever happens, and leaves its outputs alone then."""
+    """A handler that ends in a sentence, whatever happens, and leaves its outputs alone then.
+
+    Args:
+      outputs: how many there are before the status; without any, gradio takes the status bare.
+    """
 
     def run(*values):
+        for found in attempt(*values):
+            yield found if outputs else found[0]
+
+    def attempt(*values):
         try:
             yield from handler(*values)
         except UserError as error:
@@ -177,6 +185,11 @@ def guarded(handler, outputs: int):
             )
 
     return run
+
+
+# An id that nobody can guess, made where it is used: no request can come before it.
+_NEW_ID = """known => known || Array.from(
+    crypto.getRandomValues(new Uint8Array(16)), x => x.toString(16).padStart(2, '0')).join('')"""
 
 
 def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
@@ -210,7 +223,9 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
         with gr.Tab('Document'):
             reader = gr.Dropdown(engine.documents, label='Weights that read documents')
             text = gr.Textbox(label='Paste a document', lines=6, max_lines=12)
-            file = gr.File(label='or choose a file: text, Markdown, HTML or PDF, at most 20 MB')
+            file = gr.File(
+                label='or choose a file: text, Markdown, HTML or PDF, at most 20 MB', height=120
+            )
             with gr.Row():
                 read = gr.Button('Internalise', variant='primary')
                 stop = gr.Button('Stop')
@@ -283,9 +298,11 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
                     box('Base model, input alone', lines=3, min_width=280),
                     box('Base model, description in the prompt', lines=3, min_width=280),
                 ]
-            table = gr.File(label='Many inputs: a CSV file, in its column "input" or its first one')
+            table = gr.File(
+                label='Many inputs: a CSV file, in its column "input" or its first one', height=120
+            )
             many = gr.Button('Answer them all')
-            table_out = gr.File(label='CSV file with answers', interactive=False)
+            table_out = gr.File(label='CSV file with answers', interactive=False, height=80)
             with gr.Row():
                 task_name = gr.Textbox(label='Name to keep the LoRA of the task under')
                 task_keep = gr.Button('Keep the LoRA')
@@ -322,8 +339,10 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
                     ['float32', 'bfloat16', 'float16'], value='bfloat16', label='Merged model in'
                 )
                 merge = gr.Button('Merge into the model')
-            output = gr.File(label='File to download', interactive=False)
-            zipped = gr.File(label='Bring an adapter of PEFT: a zip file of its two files')
+            output = gr.File(label='File to download', interactive=False, height=80)
+            zipped = gr.File(
+                label='Bring an adapter of PEFT: a zip file of its two files', height=120
+            )
             with gr.Row():
                 new_name = gr.Textbox(label='Name to keep it under')
                 bring = gr.Button('Bring it')
@@ -340,12 +359,8 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
             for trigger in (brought.success, tab.select):
                 trigger(relist, None, lists, queue=False, api_visibility='private')
 
-        page.load(
-            lambda known: (known or secrets.token_urlsafe(16), secrets.token_hex(4)),
-            me,
-            [me, changed],
-            queue=False,
-            api_visibility='private',
+        page.load(None, me, me, js=_NEW_ID).then(
+            lambda: secrets.token_hex(4), None, changed, queue=False, api_visibility='private'
         )
     return page
 
