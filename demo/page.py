@@ -109,7 +109,10 @@ class Handlers:
         output = self._download('answers.csv')
         with open(output, 'w', newline='', encoding='utf-8') as file:
             csv.writer(file).writerows([('input', 'answer'), *zip(inputs, answers, strict=True)])
-        yield str(output), f'{len(inputs)} answers in {time.perf_counter() - start:.1f} s.'
+        yield (
+            gr.File(str(output), visible=True, interactive=False),
+            f'{len(inputs)} answers in {time.perf_counter() - start:.1f} s.',
+        )
 
     def keep_task(self, me, checkpoint, description, name):
         adapter = self.engine.task(me, checkpoint, description)
@@ -126,14 +129,20 @@ class Handlers:
     def download(self, me, name):
         output = self._download(f'{name}.zip')
         self.shelf.pack(name, output)
-        yield str(output), f'{name} is ready to download as an adapter of PEFT.'
+        yield (
+            gr.File(str(output), visible=True, interactive=False),
+            f'{name} is ready to download as an adapter of PEFT.',
+        )
 
     def merge(self, me, name, dtype):
         output = self._download(f'{name}-merged.zip')
         with self.engine.lock:
             self.shelf.merge(name, self.engine.session, dtype, output)
         size = output.stat().st_size
-        yield str(output), f'{name} merged into the model, {size / 1e6:,.0f} MB, ready to download.'
+        yield (
+            gr.File(str(output), visible=True, interactive=False),
+            f'{name} merged into the model, {size / 1e6:,.0f} MB, ready to download.',
+        )
 
     def upload(self, me, name, path):
         if not path:
@@ -230,7 +239,7 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
                 read = gr.Button('Internalise', variant='primary')
                 stop = gr.Button('Stop')
                 example = gr.Button('Example: a number hidden in 10,000 tokens')
-            status = box('Status of documents')
+            status = box('Status of documents', lines=2)
 
             @gr.render([me, reader], [changed.change, reader.change], show_progress='hidden')
             def documents(me_now, checkpoint):
@@ -238,23 +247,14 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
                 notes = engine.browser(me_now).notes if memory else {}
                 for name in list(memory.documents) if memory else ():
                     factor = memory.scales[name]
-                    with gr.Group(), gr.Row(equal_height=True):
+                    with gr.Group():
                         own = gr.State(name)
-                        switch = gr.Checkbox(
-                            factor != 0,
-                            label=f'{name} is on',
-                            info=notes.get((checkpoint, name)),
-                            min_width=280,
-                        )
+                        note = notes.get((checkpoint, name), '')
+                        switch = gr.Checkbox(factor != 0, label=f'{name} counts ({note})')
                         strength = gr.Slider(
-                            0.1,
-                            2,
-                            factor or 1,
-                            step=0.1,
-                            label=f'Strength of {name}',
-                            min_width=280,
+                            0.1, 2, factor or 1, step=0.1, label=f'Strength of {name}'
                         )
-                        forget = gr.Button(f'Remove {name}', min_width=120)
+                        forget = gr.Button(f'Remove {name}', size='sm')
                     values = [reader, own, switch, strength]
                     on(switch.input, do.scale, values, [], status)
                     on(strength.release, do.scale, values, [], status)
@@ -291,7 +291,7 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
                         api_visibility='private',
                     )
             answer = gr.Button('Answer', variant='primary')
-            task_status = box('Status of the task')
+            task_status = box('Status of the task', lines=2)
             with gr.Row():
                 three = [
                     box('With the LoRA', lines=3, min_width=280),
@@ -302,7 +302,7 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
                 label='Many inputs: a CSV file, in its column "input" or its first one', height=120
             )
             many = gr.Button('Answer them all')
-            table_out = gr.File(label='CSV file with answers', interactive=False, height=80)
+            table_out = gr.File(label='CSV file with answers', visible=False)
             with gr.Row():
                 task_name = gr.Textbox(label='Name to keep the LoRA of the task under')
                 task_keep = gr.Button('Keep the LoRA')
@@ -327,7 +327,7 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
             chosen = gr.Dropdown([], label='Adapter')
             asked = gr.Textbox(label='Question or input')
             ask_it = gr.Button('Ask the adapter', variant='primary')
-            shelf_status = box('Status of adapters')
+            shelf_status = box('Status of adapters', lines=2)
             with gr.Row():
                 two = [
                     box('Answer with the adapter', lines=3, min_width=280),
@@ -339,7 +339,7 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
                     ['float32', 'bfloat16', 'float16'], value='bfloat16', label='Merged model in'
                 )
                 merge = gr.Button('Merge into the model')
-            output = gr.File(label='File to download', interactive=False, height=80)
+            output = gr.File(label='File to download', visible=False)
             zipped = gr.File(
                 label='Bring an adapter of PEFT: a zip file of its two files', height=120
             )

@@ -192,7 +192,7 @@ def test_a_table_of_inputs(engine, do, tmp_path, monkeypatch):
     path = tmp_path / 'in.csv'
     path.write_text('id,input\n1,Who?\n2,"Why, now?"\n3,\n')
     out, status = last(do.ask_table, 'a', 'other', 'A task.', str(path), outputs=1)
-    rows = list(csv.DictReader(open(out, newline='', encoding='utf-8')))
+    rows = list(csv.DictReader(open(out.value['path'], newline='', encoding='utf-8')))
     inputs = ['Who?', 'Why, now?']
     assert [row['input'] for row in rows] == inputs and status.startswith('2 answers')
     assert [row['answer'] for row in rows] == engine.session.ask_all(inputs, adapter, 32)
@@ -215,6 +215,7 @@ def test_kept_adapters_outlive_the_server(engine, shelf, do, tmp_path):
     asked = last(do.ask_adapter, 'b', 'first', 'Who?', outputs=2)[0]
     assert asked == last(do.ask_documents, 'a', 'some', 'Who?', outputs=2)[0]
     out, _ = last(do.download, 'b', 'first', outputs=1)
+    out = out.value['path']
     assert sorted(zipfile.ZipFile(out).namelist()) == sorted(FILES)
     assert last(do.upload, 'b', 'second', out) == ('Kept as second.',)
     assert asked == last(do.ask_adapter, 'b', 'second', 'Who?', outputs=2)[0]
@@ -265,3 +266,203 @@ def test_hostile_zip_files(engine, shelf, tmp_path):
     refused('damaged')
     zipped(path, good)
     shelf.unpack('new', path, engine.session)
+
+
+# ------------------------------------------------------------------------------------- browsers
+
+_PATIENCE = 400_000  # ms; the machine may be busy
+_NEEDLE = 'The special magic number is {}. '
+_QUESTION = 'What is the special magic number? Reply with only the number.'
+_HOSTILE = '<img src=x onerror=document.title=1> & **bold**'
+
+
+@pytest.fixture(scope='module')
+def url(tmp_path_factory):
+    """Of a real server: SmolLM2 and the shipped weights."""
+    pytest.importorskip('playwright')
+    if not os.path.exists(CHROMIUM):
+        pytest.skip(f'{CHROMIUM} is missing')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp('server')
+    command = [sys.executable, '-m', 'launch.demo', f'--adapters={folder}', f'--port={port}']
+    with open(folder / '.log', 'w') as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        while True:
+            try:
+                socket.create_connection(('127.0.0.1', port), 1).close()
+                break
+            except OSError:
+                assert server.poll() is None, (folder / '.log').read_text()
+                time.sleep(1)
+        yield f'http://127.0.0.1:{port}'
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    assert 'Traceback' not in (folder / '.log').read_text().split('KeyboardInterrupt')[0]
+
+
+@pytest.fixture(scope='module')
+def chromium(url):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium, url):
+    """Opens the page in a browser of its own."""
+    contexts = []
+
+    def open_page(**more):
+        contexts.append(chromium.new_context(**more))
+        contexts[-1].set_default_timeout(_PATIENCE)
+        page = contexts[-1].new_page()
+        page.goto(url)
+        page.get_by_label('Paste a document').wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def field(page, label):
+    return page.get_by_label(label, exact=True)
+
+
+def press(page, name):
+    page.get_by_role('button', name=name, exact=True).click()
+
+
+def says(page, label, pattern):
+    from playwright.sync_api import expect
+
+    expect(field(page, label)).to_have_value(re.compile(pattern, re.S), timeout=_PATIENCE)
+
+
+def teach(page, text):
+    field(page, 'Paste a document').fill(text)
+    press(page, 'Internalise')
+    says(page, 'Status of documents', 'Internalised in')
+
+
+def ask_about(page):
+    field(page, 'Question').fill(_QUESTION)
+    press(page, 'Ask')
+
+
+@pytest.mark.slow
+def test_a_document_in_the_browser(visit, tmp_path):
+    from playwright.sync_api import expect
+
+    page = visit()
+    page.locator('input[type=file]').first.set_input_files(
+        {'name': 'x.exe', 'mimeType': 'text/plain', 'buffer': b'MZ' + bytes(9)}
+    )
+    page.get_by_text('x.exe').first.wait_for()
+    press(page, 'Internalise')
+    says(page, 'Status of documents', 'not a text but a binary file')
+    page.get_by_label('Remove this file').or_(page.get_by_label('Clear')).first.click()
+    teach(page, _HOSTILE + ' ' + _NEEDLE.format(4711))
+    page.get_by_role('checkbox').first.wait_for()
+    ask_about(page)
+    says(page, 'Status of documents', 'First word after')
+    page.reload()
+    page.get_by_role('checkbox').first.wait_for()  # the documents are still there
+    expect(page.get_by_text(_HOSTILE[:20]).first).to_be_visible()
+    ask_about(page)
+    says(page, 'Status of documents', 'side by side in')
+    assert field(page, 'Answer with the documents').input_value() == '4711'
+    assert '4711' not in field(page, 'Answer without them').input_value()
+    page.screenshot(path=tmp_path / 'document.png', full_page=True)
+    page.set_viewport_size({'width': 390, 'height': 800})
+    page.screenshot(path=tmp_path / 'document_phone.png', full_page=True)
+    assert page.evaluate('document.documentElement.scrollWidth') <= 390
+    assert page.title() == 'HyperLoRA' and not page.locator('img[src=x]').count()
+    page.get_by_role('checkbox').first.focus()
+    page.keyboard.press('Space')
+    says(page, 'Status of documents', 'is switched off')
+    press(page, 'Ask')
+    says(page, 'Status of documents', 'no document is switched on')
+    field(page, 'Paste a document').focus()
+    press(page, 'Example: a number hidden in 10,000 tokens')
+    says(page, 'Status of documents', 'is hidden in the document')
+    assert len(field(page, 'Paste a document').input_value()) > 20_000
+
+
+@pytest.mark.slow
+def test_two_browsers_at_once(visit):
+    one, two = visit(), visit()
+    for page, number in ((one, 1111), (two, 2222)):
+        field(page, 'Paste a document').fill(_NEEDLE.format(number))
+        press(page, 'Internalise')
+    for page in (one, two):
+        says(page, 'Status of documents', 'Internalised in')
+        ask_about(page)
+    for page, own, other in ((one, '1111', '2222'), (two, '2222', '1111')):
+        says(page, 'Status of documents', 'side by side in')
+        assert field(page, 'Answer with the documents').input_value() == own
+        assert page.get_by_role('checkbox').count() == 1
+        assert other not in page.content()
+
+
+@pytest.mark.slow
+def test_a_task_and_adapters_in_the_browser(visit, tmp_path):
+    page = visit(viewport={'width': 390, 'height': 800})
+    page.get_by_role('tab', name='Task').click()
+    press(page, 'Example: Write the plural of the noun.')
+    says(page, 'Input', 'city')
+    press(page, 'Answer')
+    says(page, 'Status of the task', 'side by side in')
+    assert field(page, 'With the LoRA').input_value() == 'cities'
+    page.screenshot(path=tmp_path / 'task.png', full_page=True)
+    field(page, 'Name to keep the LoRA of the task under').fill('plural')
+    press(page, 'Keep the LoRA')
+    says(page, 'Status of the task', 'Kept as plural')
+    panel = page.get_by_role('tabpanel').filter(visible=True)
+    panel.locator('input[type=file]').set_input_files(
+        {'name': 'in.csv', 'mimeType': 'text/csv', 'buffer': b'input\ncity\nwolf\n'}
+    )
+    panel.get_by_text('in.csv').or_(panel.get_by_text('.csv')).first.wait_for()
+    press(page, 'Answer them all')
+    says(page, 'Status of the task', '2 answers in')
+    with page.expect_download() as answers:
+        panel.locator('a[download]').last.click()
+    assert 'city,cities' in answers.value.path().read_text()
+
+    page.get_by_role('tab', name='Adapters').click()
+    panel.get_by_text('task: Write the plural').first.wait_for()
+    page.get_by_label('Adapter', exact=True).click()
+    page.get_by_role('option', name='plural').click()
+    field(page, 'Question or input').fill('city')
+    press(page, 'Ask the adapter')
+    says(page, 'Status of adapters', 'side by side in')
+    assert field(page, 'Answer with the adapter').input_value() == 'cities'
+    press(page, 'Prepare as a zip file for PEFT')
+    says(page, 'Status of adapters', 'ready to download')
+    with page.expect_download() as packed:
+        panel.locator('a[download]').first.click()
+    packed.value.save_as(tmp_path / 'plural.zip')
+    page.screenshot(path=tmp_path / 'adapters.png', full_page=True)
+    bad = zipped(tmp_path / 'bad.zip', [('../evil', 'x')])
+    for path, name, answer in (
+        (bad, 'evil', 'nothing else'),
+        (tmp_path / 'plural.zip', 'again', 'Kept as again'),
+    ):
+        page.reload()
+        page.get_by_role('tab', name='Adapters').click()
+        panel.locator('input[type=file]').set_input_files(path)
+        panel.get_by_text(path.stem).or_(panel.get_by_text('.zip')).first.wait_for()
+        field(page, 'Name to keep it under').fill(name)
+        press(page, 'Bring it')
+        says(page, 'Status of adapters', answer)
+    page.get_by_label('Adapter', exact=True).click()
+    page.get_by_role('option', name='again').click()
+    press(page, 'Merge into the model')
+    says(page, 'Status of adapters', 'merged into the model')
