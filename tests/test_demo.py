@@ -346,6 +346,14 @@ def says(page, label, pattern):
     expect(field(page, label)).to_have_value(re.compile(pattern, re.S), timeout=_PATIENCE)
 
 
+def give(page, name, content):
+    """Uploads a file to the tab that is shown."""
+    panel = page.get_by_role('tabpanel').filter(visible=True)
+    upload = {'name': name, 'mimeType': 'application/octet-stream', 'buffer': content}
+    panel.locator('input[type=file]').set_input_files(upload)
+    page.get_by_role('button', name='Clear', exact=True).wait_for()
+
+
 def teach(page, text):
     field(page, 'Paste a document').fill(text)
     press(page, 'Internalise')
@@ -362,13 +370,10 @@ def test_a_document_in_the_browser(visit, tmp_path):
     from playwright.sync_api import expect
 
     page = visit()
-    page.locator('input[type=file]').first.set_input_files(
-        {'name': 'x.exe', 'mimeType': 'text/plain', 'buffer': b'MZ' + bytes(9)}
-    )
-    page.get_by_text('x.exe').first.wait_for()
+    give(page, 'x.exe', b'MZ' + bytes(9))
     press(page, 'Internalise')
     says(page, 'Status of documents', 'not a text but a binary file')
-    page.get_by_label('Remove this file').or_(page.get_by_label('Clear')).first.click()
+    press(page, 'Clear')
     teach(page, _HOSTILE + ' ' + _NEEDLE.format(4711))
     page.get_by_role('checkbox').first.wait_for()
     ask_about(page)
@@ -426,10 +431,7 @@ def test_a_task_and_adapters_in_the_browser(visit, tmp_path):
     press(page, 'Keep the LoRA')
     says(page, 'Status of the task', 'Kept as plural')
     panel = page.get_by_role('tabpanel').filter(visible=True)
-    panel.locator('input[type=file]').set_input_files(
-        {'name': 'in.csv', 'mimeType': 'text/csv', 'buffer': b'input\ncity\nwolf\n'}
-    )
-    panel.get_by_text('in.csv').or_(panel.get_by_text('.csv')).first.wait_for()
+    give(page, 'in.csv', b'input\ncity\nwolf\n')
     press(page, 'Answer them all')
     says(page, 'Status of the task', '2 answers in')
     with page.expect_download() as answers:
@@ -457,8 +459,7 @@ def test_a_task_and_adapters_in_the_browser(visit, tmp_path):
     ):
         page.reload()
         page.get_by_role('tab', name='Adapters').click()
-        panel.locator('input[type=file]').set_input_files(path)
-        panel.get_by_text(path.stem).or_(panel.get_by_text('.zip')).first.wait_for()
+        give(page, path.name, path.read_bytes())
         field(page, 'Name to keep it under').fill(name)
         press(page, 'Bring it')
         says(page, 'Status of adapters', answer)
