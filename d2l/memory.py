@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from d2l.internalize import Internalizer
 from hyperlora import lora as lora_lib
@@ -24,16 +24,23 @@ class Memory:
         self.documents: dict[str, Lora] = {}
         self.scales: dict[str, float] = {}
 
-    def add(self, name: str, document: Sequence[int], scale: float = 1.0) -> None:
+    def add(
+        self,
+        name: str,
+        document: Sequence[int],
+        scale: float = 1.0,
+        report: Callable[[float], None] = lambda done: None,
+    ) -> None:
         """Internalises a document; one of the same name is replaced, in its place.
 
         Args:
           document: tokens of the context encoder.
+          report: see `Internalizer.chunks`.
 
         Raises:
           UserError: the document is empty; what was there is kept.
         """
-        self.documents[name] = self.internalizer.chunks(document)
+        self.documents[name] = self.internalizer.chunks(document, report)
         self.scales[name] = scale
 
     def remove(self, name: str) -> None:

@@ -95,6 +95,14 @@ class Writer:
         )
 
 
+def hide(tokenizer: Tokenizer, tokens: int, seed: int) -> tuple[str, list[int]]:
+    """(number, tokens of generated sentences that tell it), for `QUESTION`."""
+    rng = np.random.default_rng(seed)
+    (number,) = random_numbers(rng, 1)
+    written = Writer(tokenizer).write(rng, haystacks.varied, tokens, NEEDLE.format(number))
+    return number, written.tokens
+
+
 class NeedleGroups:
     """Random access to groups of contexts: item i depends on (seed, i) alone.
 

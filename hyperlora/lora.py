@@ -265,6 +265,14 @@ def compact(lora: Lora) -> Lora:
     return lora.replace(pairs={name: dense(pair) for name, pair in lora.pairs.items()})
 
 
+def round_rank(lora: Lora, step: int = 128) -> Lora:
+    """The same deltas at a rank rounded up with zeros, so that few shapes are compiled."""
+    missing = -lora.rank % step
+    return lora.replace(
+        pairs=jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), lora.pairs)
+    )
+
+
 def truncate(lora: Lora, rank: int) -> Lora:
     """The best approximation of at most the given rank, by SVD of each layer's delta.
 

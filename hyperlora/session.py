@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from d2l.prompts import in_context_prompt
 from hyperlora import adapters, generation, trained
 from hyperlora import lora as lora_lib
 from hyperlora.lora import Lora
-from hyperlora.models.base import BaseModel, load_base
+from hyperlora.models import weights
+from hyperlora.models.base import BaseModel, hf_config, load_base
 from t2l.specialize import Specializer
 
 
@@ -184,6 +186,12 @@ class Session:
         prompt = self.prompt(question, max_new_tokens, document)
         return generation.stream(self.base, prompt, max_new_tokens, _lora(adapter))
 
+    def cache_nbytes(self, document: str) -> int:
+        """Bytes of the KV cache of a text, which its LoRA stands in for."""
+        c, dtype = self.base.config, self.base.params['embedder']['embedding'].dtype
+        tokens = len(self.base.tokenizer.encode(document))
+        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * tokens * dtype.itemsize
+
     def prompt(self, question: str, max_new_tokens: int, document: str = '') -> list[int]:
         """Tokens of a question in the chat template, perhaps with a document before it."""
         tokenizer = self.base.tokenizer
@@ -197,6 +205,29 @@ class Session:
         """Writes PEFT's layout to a folder, which is made if need be."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         adapters.save(adapter.lora, directory, self.base.name, adapter.metadata)
+
+    def save_merged(
+        self, adapter: Adapter | Lora, directory: str | Path, dtype: str = 'float32'
+    ) -> None:
+        """Writes base model and adapter, summed in f32, as a Hugging Face folder.
+
+        Args:
+          directory: an existing folder.
+          dtype: of the file.
+
+        Raises:
+          UserError: the base model is quantized, or no config.json can say what it is.
+        """
+        directory, base = Path(directory), self.base
+        merged = lora_lib.merge(base.params, _lora(adapter))
+        params = jax.tree.map(lambda x: x.astype(dtype), merged)
+        with tempfile.TemporaryDirectory(dir=directory) as partial:
+            base.tokenizer.save(partial)
+            weights.save_hf(
+                directory, params, base.config, {**hf_config(base), 'torch_dtype': dtype}
+            )
+            for path in Path(partial).iterdir():
+                path.replace(directory / path.name)
 
     def load(self, directory: str | Path) -> Adapter:
         """Reads an adapter that `save` or PEFT wrote.

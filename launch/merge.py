@@ -3,9 +3,6 @@
 python -m launch.merge --adapter=DIR --output=DIR [--base=NAME_OR_DIR] [--dtype=float32]
 """
 
-import pathlib
-import tempfile
-
 from absl import flags
 
 from hyperlora.errors import UserError
@@ -26,23 +23,12 @@ def main(_):
     output = cli.writable_directory(_OUTPUT.value)
     if any(output.iterdir()):
         raise UserError(f'{output} is not empty; choose another folder')
-    import jax
+    from hyperlora.session import Session
 
-    from hyperlora import lora
-    from hyperlora.models import base as bases
-    from hyperlora.models import weights
-
-    base = bases.load_base(_BASE.value or config['base_model_name_or_path'])
-    adapter = adapters.load(_ADAPTER.value, base.config, base.fingerprint)
-    params = jax.tree.map(lambda x: x.astype(_DTYPE.value), lora.merge(base.params, adapter))
-    hf_config = {**bases.hf_config(base), 'torch_dtype': _DTYPE.value}
-    with tempfile.TemporaryDirectory(dir=output) as partial:
-        base.tokenizer.save(partial)
-        weights.save_hf(output, params, base.config, hf_config)
-        for path in pathlib.Path(partial).iterdir():
-            path.replace(output / path.name)
+    session = Session(base=_BASE.value or config['base_model_name_or_path'])
+    session.save_merged(session.load(_ADAPTER.value), output, _DTYPE.value)
     size = sum(path.stat().st_size for path in output.iterdir())
-    print(f'{base.name} with {_ADAPTER.value} merged, {size} bytes, in {output}')
+    print(f'{session.base.name} with {_ADAPTER.value} merged, {size} bytes, in {output}')
 
 
 if __name__ == '__main__':

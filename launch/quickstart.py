@@ -40,8 +40,6 @@ _TASKS = {
 
 def compare(session, document, question, max_new_tokens):
     """Asks with the LoRA, with nothing, and with the document in the prompt; prints a table."""
-    base = session.base
-    c = base.config
 
     def row(name, size=None, make=lambda: None, **where):
         start = time.perf_counter()
@@ -56,14 +54,12 @@ def compare(session, document, question, max_new_tokens):
             flush=True,
         )
 
-    tokens = len(base.tokenizer.encode(document))
-    size = base.params['embedder']['embedding'].dtype.itemsize
-    cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * tokens * size
+    tokens = len(session.base.tokenizer.encode(document))
     print(f'{"document":26}{"internalise s":>13}{"answer s":>10}{"MB":>10}  answer')
     row('internalised (LoRA)', make=lambda: session.internalize(document))
     row('nowhere', 0)
-    cut = ', cut' if tokens > c.max_length else ''
-    row(f'in the prompt{cut}', cache, document=document)
+    cut = ', cut' if tokens > session.base.config.max_length else ''
+    row(f'in the prompt{cut}', session.cache_nbytes(document), document=document)
 
 
 def specialise(session, task, inputs):
@@ -91,21 +87,13 @@ def main(_):
     if (_TASK.value is None) != (_INPUT.value is None):
         raise UserError('--task and --input belong together: give both or neither')
     text = None if _DOCUMENT.value is None else files.read(_DOCUMENT.value)
-    import numpy as np
-
-    from d2l import haystacks, niah
+    from d2l import niah
     from hyperlora.session import Session
 
     session = Session(_CHECKPOINT.value, _TASK_CHECKPOINT.value)
     tokenizer = session.internalizer.trained.hypernetwork.encoder.tokenizer
     seed = time.time_ns() if _SEED.value is None else _SEED.value
-    rng = np.random.default_rng(seed)
-    (number,) = niah.random_numbers(rng, 1)
-    tokens = (
-        niah.Writer(tokenizer)
-        .write(rng, haystacks.varied, _TOKENS, niah.NEEDLE.format(number))
-        .tokens
-    )
+    number, tokens = niah.hide(tokenizer, _TOKENS, seed)
     base = session.base
     print(
         f'{number} is hidden in {len(tokens)} tokens; the window of {base.name} is '

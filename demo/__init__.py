@@ -1,0 +1,1 @@
+"""A page in the browser: `engine` and `shelf` do the work, `page` shows it."""
