@@ -114,7 +114,7 @@ def test_accumulated_microbatches_are_one_batch(tiny):
     wanted, metrics = gradient_step(dataclasses.replace(learner, groups=2), state, tiny, whole)
     assert metrics['grad_norm'] > 1e-2 and metrics['l1'] > 0
     assert our_metrics == pytest.approx(metrics, rel=1e-5)
-    assert_close(ours, wanted, 1e-5)
+    assert_close(ours, wanted, 3e-5)
     # Both microbatches count: neither alone gives this gradient.
     first = jax.tree.map(lambda x: x[:1], parts)
     assert gradient_step(learner, state, tiny, first)[1]['loss'] != pytest.approx(
