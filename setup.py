@@ -17,7 +17,7 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=[
             pattern
-            for name in ('hyperlora', 'd2l', 't2l', 'configs', 'demo', 'launch')
+            for name in ('hyperlora', 'd2l', 't2l', 'configs', 'launch')
             for pattern in (name, f'{name}.*')
         ]
     ),

@@ -23,11 +23,11 @@ _SHARE = flags.DEFINE_bool('share', False, 'Also through a public address of Gra
 
 def main(_):
     try:
-        from demo import page
+        from hyperlora.demo import page
     except ImportError as error:
         raise UserError("the page needs pip install 'hyperlora[demo]'") from error
-    from demo.engine import Engine
-    from demo.shelf import Shelf
+    from hyperlora.demo.engine import Engine
+    from hyperlora.demo.shelf import Shelf
 
     shelf = Shelf(cli.writable_directory(_ADAPTERS.value))
     engine = Engine(_DOCUMENTS.value, _TASKS.value)

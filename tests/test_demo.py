@@ -21,10 +21,10 @@ from hyperlora.errors import UserError
 
 pytest.importorskip('gradio')
 
-from demo import engine as engines  # noqa: E402
-from demo import page as pages  # noqa: E402
-from demo.engine import Engine  # noqa: E402
-from demo.shelf import FILES, Shelf  # noqa: E402
+from hyperlora.demo import engine as engines  # noqa: E402
+from hyperlora.demo import page as pages  # noqa: E402
+from hyperlora.demo.engine import Engine  # noqa: E402
+from hyperlora.demo.shelf import FILES, Shelf  # noqa: E402
 
 TEXTS = ('One thing. Another one, longer than that. Why? ', 'Ann has a red car. Bob has 3 cats. ')
 CHROMIUM = '/usr/bin/chromium'

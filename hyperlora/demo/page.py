@@ -16,9 +16,9 @@ from pathlib import Path
 import gradio as gr
 from absl import logging
 
-from demo import engine as engines
-from demo.engine import Engine
-from demo.shelf import Shelf
+from hyperlora.demo import engine as engines
+from hyperlora.demo.engine import Engine
+from hyperlora.demo.shelf import Shelf
 from hyperlora.errors import UserError
 
 _TASKS = {
