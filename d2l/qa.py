@@ -6,6 +6,7 @@ Source: Doc-to-LoRA (arXiv 2602.15902), section 5.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -175,9 +176,7 @@ class Methods:
 
     def _prompted(self, tokens: Sequence[int]) -> State:
         """The document in the prompt: what is kept of it is its KV cache."""
-        c = self.base.config
-        size = self.base.params['embedder']['embedding'].dtype.itemsize
-        cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * len(tokens) * size
+        cache = self.base.cache_nbytes(len(tokens))
         return State(self.reader, lambda question: self._with(tokens, question), cache)
 
     def _adapted(self, own: Lora) -> State:
@@ -254,7 +253,8 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     of the document; `costs`, medians over documents (so without compilation): update_seconds,
     update_bytes, kept_bytes, question_seconds and question_bytes; `break_even`, the number of
     questions after which a method took less time than the prompt; and `documents`, all answers. A
-    method with steps of gradient descent counts once for each number of them, as METHOD/STEPS.
+    method with steps of gradient descent counts once for each number of them, as METHOD/STEPS; where
+    the teacher asks nothing, or ends no answer, it is scored as it started.
 
     Args:
       config: of `configs/eval_qa.py`.
@@ -269,6 +269,9 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
         raise UserError(
             f'unknown methods {", ".join(sorted(unknown))}; known: {", ".join(METHODS)}'
         )
+    for package in ('bm25s', 'rouge_score'):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"this evaluation needs {package}: pip install 'hyperlora[evaluation]'")
     model = trained.load(checkpoint, quantization=config.base_quantization)
     reader = None
     if config.reader:

@@ -188,9 +188,7 @@ class Session:
 
     def cache_nbytes(self, document: str) -> int:
         """Bytes of the KV cache of a text, which its LoRA stands in for."""
-        c, dtype = self.base.config, self.base.params['embedder']['embedding'].dtype
-        tokens = len(self.base.tokenizer.encode(document))
-        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * tokens * dtype.itemsize
+        return self.base.cache_nbytes(len(self.base.tokenizer.encode(document)))
 
     def prompt(self, question: str, max_new_tokens: int, document: str = '') -> list[int]:
         """Tokens of a question in the chat template, perhaps with a document before it."""

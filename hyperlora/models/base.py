@@ -45,6 +45,11 @@ class BaseModel:
         """Whether it is the shapes of a model; see `abstract_base`."""
         return isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct)
 
+    def cache_nbytes(self, tokens: int) -> int:
+        """Bytes of the KV cache of so many tokens, in the dtype of the embeddings."""
+        c, dtype = self.config, self.params['embedder']['embedding'].dtype
+        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * tokens * dtype.itemsize
+
 
 @dataclass(frozen=True)
 class MultimodalModel:
