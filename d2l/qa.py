@@ -253,8 +253,8 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     of the document; `costs`, medians over documents (so without compilation): update_seconds,
     update_bytes, kept_bytes, question_seconds and question_bytes; `break_even`, the number of
     questions after which a method took less time than the prompt; and `documents`, all answers. A
-    method with steps of gradient descent counts once for each number of them, as METHOD/STEPS; where
-    the teacher asks nothing, or ends no answer, it is scored as it started.
+    method with steps of gradient descent counts once for each number of them, as METHOD/STEPS;
+    where the teacher asks nothing, or ends no answer, it is scored as it started.
 
     Args:
       config: of `configs/eval_qa.py`.
