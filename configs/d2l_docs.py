@@ -106,13 +106,13 @@ def _smollm2() -> ConfigDict:
             'records': '',
             'steps': 1000,
             'teacher': 'stored',
-            'group_tokens': 2048,
+            'group_tokens': 1024,
             'context_tokens': (128, 256),
             'chunks': (1.0,),
-            'queries': 4,
-            'query_tokens': 64,
-            'answer_tokens': 24,
-            'teacher_tokens': 384,
+            'queries': 8,
+            'query_tokens': 160,
+            'answer_tokens': 40,
+            'teacher_tokens': 1280,
         }
     )
     config.optimizer.steps = config.data.steps

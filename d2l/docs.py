@@ -1,7 +1,7 @@
 """Training data of documents: contexts, questions about them, and the teacher's opinion.
 
-Axes: c contexts of a group, n chunks, s chunk tokens, b queries, t query tokens, k labels, e the
-teacher's top entries.
+Axes: n chunks of a group, s chunk tokens, b rows (one per context), t query tokens, T tokens that
+the teacher reads, k labels of a row, e the teacher's top entries.
 
 Source: Doc-to-LoRA (arXiv 2602.15902), section 3.3.
 """
@@ -9,35 +9,37 @@ Source: Doc-to-LoRA (arXiv 2602.15902), section 3.3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from d2l import chunking
 from d2l.records import Joined, Record, load
+from hyperlora.data.packing import pack
 from hyperlora.errors import UserError
 from hyperlora.models.base import BaseModel
 from hyperlora.objectives import TEACHER_ENTRIES
+
+Rows = dict[str, dict[str, np.ndarray]]
 
 
 class DocumentGroups:
     """Random-access source of groups; every array follows from (seed, index).
 
-    A group is a packed row: documents of about `group_tokens` together, each with `queries`
-    questions. All groups of a step hold documents of one bucket of length, split into the same
-    number of chunks, so that shapes are few. Documents are drawn anew for each group, all with the
-    same odds: there is no epoch.
+    A group is a packed row: documents of about `group_tokens` together, each with a row of up to
+    `queries` questions. All groups of a step hold documents of one bucket of length, split into the
+    same number of chunks, so that shapes are few. Documents are drawn anew for each group, all with
+    the same odds: there is no epoch.
     """
 
     def __init__(self, records: Joined, config: ConfigDict, seed: int, groups_per_step: int):
         """
         Args:
           config: `context_tokens`, the upper ends of the buckets of length: longer documents are
-            left out; `group_tokens`; `queries` of a context; `query_tokens`, `answer_tokens`,
-            `teacher_tokens`: longer questions are left out; `chunks`, the odds of splitting a
-            document into 1, 2, ... chunks; `teacher`: `stored`, or `online` if it is asked in the
-            training step.
+            left out; `group_tokens`; `queries`, the most of a context, whose row has room for
+            `query_tokens` and `answer_tokens` (and the teacher's for `teacher_tokens`): questions
+            that do not fit are left out; `chunks`, the odds of splitting a document into 1, 2, ...
+            chunks; `teacher`: `stored`, or `online` if it is asked in the training step.
 
         Raises:
           UserError: no documents that are short enough.
@@ -57,10 +59,10 @@ class DocumentGroups:
     def __len__(self) -> int:
         return self.config.steps * self.groups_per_step
 
-    def __getitem__(self, index: int) -> dict[str, dict[str, np.ndarray]]:
+    def __getitem__(self, index: int) -> Rows:
         """One group: `context` {tokens, mask `[n, s]`}, `query` (see `Learner.loss`) with the
-        teacher's ids and log-probabilities `[b, k, e]`, or `teacher` {tokens `[b, T]`,
-        label_positions `[b, k]`}."""
+        teacher's ids and log-probabilities `[b, k, e]`, or `teacher` {tokens, positions, segments
+        `[b, T]`, label_positions `[b, k]`}."""
         c = self.config
         step = index // self.groups_per_step
         shape_rng = np.random.default_rng((self.seed, 0, step))
@@ -79,62 +81,85 @@ class DocumentGroups:
         ]
         tokens, mask = chunking.pad(chunks, length)
         own = np.repeat(np.eye(contexts, dtype=np.float32), parts, axis=1) * mask.any(1)
-        rows = [self._queries(rng, document) for document in documents]
-        query = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
-        query['chunk_weights'] = np.repeat(own, c.queries, axis=0)
-        return _item({'tokens': tokens, 'mask': mask}, query)
+        rows = join([self._queries(rng, document) for document in documents])
+        return _group(tokens, mask, own, rows)
 
-    def _queries(self, rng: np.random.Generator, document: Record) -> dict[str, np.ndarray]:
-        """The rows of some of a document's questions."""
-        fit = rng.permutation(
-            [i for i in range(len(document.queries)) if fits(self.config, document, i)]
-        )
-        return rows_of(self.config, document, fit[: self.config.queries], self.config.queries)
+    def _queries(self, rng: np.random.Generator, document: Record) -> Rows:
+        """The row of some of a document's questions."""
+        chosen: list[int] = []
+        for number in rng.permutation(len(document.queries)):
+            if len(chosen) < self.config.queries and fit(self.config, document, [*chosen, number]):
+                chosen.append(number)
+        return row_of(self.config, document, chosen)
 
 
-def fits(config: ConfigDict, document: Record, number: int) -> bool:
-    """Whether a question is short enough; see `DocumentGroups`."""
-    query = document.queries[number]
+def fit(config: ConfigDict, document: Record, numbers: Sequence[int]) -> bool:
+    """Whether these questions of a document have room in one row; see `DocumentGroups`."""
+    queries = [document.queries[number] for number in numbers]
+    answers = sum(len(query.answer) for query in queries)
+
+    def tokens(prompts):
+        return sum(map(len, prompts)) + answers - len(queries)
+
     return (
-        len(query.prompt) + len(query.answer) - 1 <= config.query_tokens
-        and len(query.answer) <= config.answer_tokens
+        answers <= config.answer_tokens
+        and tokens(query.prompt for query in queries) <= config.query_tokens
         and (
             config.teacher == 'stored'
-            or len(document.teacher_prompts[number]) + len(query.answer) - 1
+            or tokens(document.teacher_prompts[number] for number in numbers)
             <= config.teacher_tokens
         )
     )
 
 
-def rows_of(
-    config: ConfigDict, document: Record, numbers: Sequence[int], count: int
-) -> dict[str, np.ndarray]:
-    """Questions of a document as `count` rows; what they weigh adds up to 1.
+def row_of(config: ConfigDict, document: Record, numbers: Sequence[int]) -> Rows:
+    """Questions of a document, which have room, as one row (see `hyperlora.data.packing.pack`);
+    what they weigh adds up to 1.
 
     An answer of which no teacher has an opinion is certain.
+
+    Returns:
+      `query`, with the teacher's ids and log-probabilities, or `query` and what the `teacher` is
+      to read; see `DocumentGroups`.
     """
-    rows = _rows(config, count)
-    for row, number in enumerate(numbers):
-        query = document.queries[number]
-        length, start = len(query.answer), len(query.prompt)
-        text = np.concatenate([query.prompt, query.answer[:-1]])
-        rows['tokens'][row, : len(text)] = text
-        rows['labels'][row, :length] = query.answer
-        rows['label_positions'][row, :length] = start - 1 + np.arange(length)
-        rows['label_weights'][row, :length] = 1 / (length * len(numbers))
-        if config.teacher == 'online':
-            prompt = document.teacher_prompts[number]
-            text = np.concatenate([prompt, query.answer[:-1]])
-            rows['teacher_tokens'][row, : len(text)] = text
-            rows['teacher_label_positions'][row, :length] = len(prompt) - 1 + np.arange(length)
-        elif query.teacher_ids is None:
-            rows['teacher_ids'][row, :length, 0] = query.answer
-            rows['teacher_log_probs'][row, :length, 0] = 0
+    queries = [document.queries[number] for number in numbers]
+
+    def packed(prompts, tokens):
+        pairs = zip(prompts, (query.answer for query in queries), strict=True)
+        row = pack(pairs, tokens, config.answer_tokens)
+        # Attention has faster kernels where rows hold one text.
+        left_out = ('positions', 'segments') if config.queries == 1 else ()
+        return {key: value for key, value in row.items() if key not in left_out}
+
+    row = packed((query.prompt for query in queries), config.query_tokens)
+    del row['chunk_weights']
+    row['label_weights'] /= max(len(queries), 1)
+    if config.teacher == 'online':
+        prompts = (document.teacher_prompts[number] for number in numbers)
+        teacher = packed(prompts, config.teacher_tokens)
+        of_answers = ('labels', 'label_weights', 'chunk_weights')
+        return {'query': row, 'teacher': {k: v for k, v in teacher.items() if k not in of_answers}}
+    shape = (1, config.answer_tokens, TEACHER_ENTRIES)
+    ids, log_probs = np.zeros(shape, np.int32), np.full(shape, -1e4, np.float32)
+    start = 0
+    for query in queries:
+        end = start + len(query.answer)
+        if query.teacher_ids is None:
+            ids[0, start:end, 0], log_probs[0, start:end, 0] = query.answer, 0
         else:
             entries = min(query.teacher_ids.shape[1], TEACHER_ENTRIES)  # the likeliest come first
-            rows['teacher_ids'][row, :length, :entries] = query.teacher_ids[:, :entries]
-            rows['teacher_log_probs'][row, :length, :entries] = query.teacher_log_probs[:, :entries]
-    return rows
+            ids[0, start:end, :entries] = query.teacher_ids[:, :entries]
+            log_probs[0, start:end, :entries] = query.teacher_log_probs[:, :entries]
+        start = end
+    return {'query': {**row, 'teacher_ids': ids, 'teacher_log_probs': log_probs}}
+
+
+def join(rows: Sequence[Rows]) -> Rows:
+    """Rows below each other."""
+    return {
+        part: {key: np.concatenate([row[part][key] for row in rows]) for key in arrays}
+        for part, arrays in rows[0].items()
+    }
 
 
 def _split(
@@ -156,16 +181,14 @@ def _contexts(config: ConfigDict, tokens: int) -> int:
     return max(config.group_tokens // tokens, 1)
 
 
-def example(config: ConfigDict, base: BaseModel, encoder: BaseModel) -> dict[str, dict[str, Any]]:
-    """A group of the shortest documents, with the most questions, in the most chunks; see
-    `data.abstract`."""
+def example(config: ConfigDict, base: BaseModel, encoder: BaseModel) -> Rows:
+    """A group of the shortest documents, in the most chunks; see `data.abstract`."""
     parts, longest = len(config.chunks), config.context_tokens[0]
     contexts = _contexts(config, longest)
     shape = (contexts * parts, -(-longest // parts))
-    rows = _rows(config, contexts * config.queries)
-    weights = np.zeros((contexts * config.queries, contexts * parts), np.float32)
-    context = {'tokens': np.zeros(shape, np.int32), 'mask': np.ones(shape, bool)}
-    return _item(context, {**rows, 'chunk_weights': weights})
+    rows = join([row_of(config, Record('', np.zeros(0, np.int32), (), ()), [])] * contexts)
+    weights = np.zeros((contexts, contexts * parts), np.float32)
+    return _group(np.zeros(shape, np.int32), np.ones(shape, bool), weights, rows)
 
 
 def build(
@@ -189,28 +212,6 @@ def build(
     return DocumentGroups(joined, config, seed, groups_per_step)
 
 
-def _rows(config: ConfigDict, count: int) -> dict[str, np.ndarray]:
-    """Rows without a question, which weigh nothing."""
-    c = config
-    rows = {
-        'tokens': np.zeros((count, c.query_tokens), np.int32),
-        'labels': np.zeros((count, c.answer_tokens), np.int32),
-        'label_positions': np.zeros((count, c.answer_tokens), np.int32),
-        'label_weights': np.zeros((count, c.answer_tokens), np.float32),
-    }
-    if c.teacher == 'stored':
-        shape = (count, c.answer_tokens, TEACHER_ENTRIES)
-        rows['teacher_ids'] = np.zeros(shape, np.int32)
-        rows['teacher_log_probs'] = np.full(shape, -1e4, np.float32)
-    else:
-        rows['teacher_tokens'] = np.zeros((count, c.teacher_tokens), np.int32)
-        rows['teacher_label_positions'] = np.zeros((count, c.answer_tokens), np.int32)
-    return rows
-
-
-def _item(context: dict[str, np.ndarray], query: dict[str, np.ndarray]) -> dict[str, Any]:
-    """A group; what an online teacher reads apart."""
-    keys = ('teacher_tokens', 'teacher_label_positions')
-    teacher = {key.removeprefix('teacher_'): query.pop(key) for key in keys if key in query}
-    item = {'context': context, 'query': query}
-    return {**item, 'teacher': teacher} if teacher else item
+def _group(tokens: np.ndarray, mask: np.ndarray, chunk_weights: np.ndarray, rows: Rows) -> Rows:
+    query = {**rows['query'], 'chunk_weights': chunk_weights}
+    return {'context': {'tokens': tokens, 'mask': mask}, **rows, 'query': query}

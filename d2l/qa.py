@@ -213,21 +213,22 @@ class Methods:
         found = list(distillation.records(self._teacher, self.base.tokenizer, [document], settings))
         shape = ConfigDict(
             {
+                'queries': 1,
                 'query_tokens': c.query_tokens,
                 'answer_tokens': c.answer_tokens,
                 'teacher': 'stored',
             }
         )
-        numbers = (
-            [i for i in range(len(found[0].queries)) if docs.fits(shape, found[0], i)]
-            if found
-            else []
-        )
-        if not numbers:  # the teacher asked nothing, or never came to an end
+        rows = []
+        for known in found:
+            numbers = [[i] for i in range(len(known.queries)) if docs.fit(shape, known, [i])]
+            numbers += [[]] * (-len(numbers) % 4)  # few shapes
+            rows = [docs.row_of(shape, known, row) for row in numbers]
+        if not rows:  # the teacher asked nothing, or never came to an end
             for steps in c.steps:
                 yield f'{label}/{steps}', self._adapted(start)
             return
-        rows = docs.rows_of(shape, found[0], numbers, -(-len(numbers) // 4) * 4)
+        rows = docs.join(rows)['query']
         for name, own in self._fitted(label, self._distil, start, rows):
             yield name, self._adapted(own)
 

@@ -211,6 +211,8 @@ def top_log_probs(
     label_positions: jax.Array,
     entries: int,
     lora: Lora | None = None,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The most likely tokens at some places, as a teacher's opinion.
 
@@ -219,11 +221,12 @@ def top_log_probs(
       label_positions: `[b, k]`, of the hidden state that predicts each label.
       entries: t, how many tokens.
       lora: LoRA whose rows divide b, or None.
+      positions, segments: `[b, s]` int32 of packed rows, or None.
 
     Returns:
       ids `[b, k, t]` int32 and their log-probabilities under the whole distribution, f32.
     """
-    hidden = decoder.apply({'params': params}, tokens, lora=lora).hidden
+    hidden = decoder.apply({'params': params}, tokens, positions, segments, lora).hidden
     hidden = jnp.take_along_axis(hidden, label_positions[..., None], 1)
 
     # A label of all rows at a time: the logits of a vocabulary are large, and rows are divided over

@@ -133,9 +133,9 @@ class Learner:
             `query`: tokens `[b, t]`, labels, label_positions (of the hidden state that predicts
             each) and label_weights `[b, k]`, chunk_weights `[b, n]`; positions and segments
             `[b, t]` if rows are packed; teacher_ids and teacher_log_probs `[b, k, e]` for
-            distillation. Without those, `teacher`: tokens `[b, T]`, prompts with documents in them
-            and answers, and label_positions `[b, k]`: the frozen model is asked now. For
-            reconstruction `target` instead of a query, the LoRAs to make.
+            distillation. Without those, `teacher`: tokens, positions and segments `[b, T]` of
+            prompts with documents in them and answers, and label_positions `[b, k]`: the frozen
+            model is asked now. For reconstruction `target` instead of a query, the LoRAs to make.
           key: for dropout and noise; None for neither.
         """
         if 'teacher' in batch:

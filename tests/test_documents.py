@@ -407,8 +407,8 @@ CONFIG = ConfigDict(
         'group_tokens': 32,
         'queries': 3,
         'context_tokens': (8, 16),
-        'query_tokens': 12,
-        'answer_tokens': 5,
+        'query_tokens': 16,
+        'answer_tokens': 8,
         'teacher_tokens': 24,
         'chunks': (1, 1),
         'teacher': 'stored',
@@ -422,64 +422,73 @@ def fill(folder, entries=3):
     return Records(folder)
 
 
+def asked_in(row):
+    """(tokens, labels, their places among the labels) of every question in a packed row."""
+    found = []
+    for segment in range(1, row['segments'].max() + 1):
+        own = row['segments'] == segment
+        np.testing.assert_array_equal(row['positions'][own], np.arange(own.sum()))
+        labelled = row['label_weights'] > 0
+        places = np.flatnonzero(labelled & own[row['label_positions']])
+        ends = np.flatnonzero(own)[-len(places) :]
+        np.testing.assert_array_equal(row['label_positions'][places], ends)
+        found.append((row['tokens'][own].tolist(), row['labels'][places].tolist(), places.tolist()))
+    return found
+
+
 @pytest.mark.parametrize('kind', ['stored', 'online'])
 def test_groups(tmp_path, kind):
     source = fill(tmp_path)
     config = ConfigDict({**CONFIG, 'teacher': kind})
     groups = DocumentGroups(source, config, seed=1, groups_per_step=2)
     assert len(groups) == 12
-    shapes = set()
+    shapes, most = set(), set()
     for index in range(12):
         item = groups[index]
         again = DocumentGroups(source, config, seed=1, groups_per_step=2)[index]
         jax.tree.map(np.testing.assert_array_equal, item, again)
         context, query = item['context'], item['query']
-        count = len(query['tokens']) // 3
+        count = len(query['tokens'])
         parts = context['tokens'].shape[0] // count
         shapes.add((index // 2, (*context['tokens'].shape, count)))
         assert context['tokens'].size == 32  # whatever the length of the documents
-        assert query['tokens'].shape == (3 * count, 12)
+        assert query['tokens'].shape == (count, 16)
         # Each context weighs 1.
-        np.testing.assert_allclose(query['label_weights'].reshape(count, -1).sum(1), 1, rtol=1e-6)
-        for number in range(count):
-            chunks = slice(number * parts, (number + 1) * parts)
+        np.testing.assert_allclose(query['label_weights'].sum(1), 1, rtol=1e-6)
+        for row in range(count):
+            chunks = slice(row * parts, (row + 1) * parts)
             text = context['tokens'][chunks][context['mask'][chunks]]
             # Its chunks, put together, are the document.
             documents = map(source.__getitem__, range(len(source)))
             own = [r for r in documents if r.context.tolist() == text.tolist()]
             assert len(own) == 1 and len(text) <= 16
-            for row in range(3 * number, 3 * number + 3):
-                seen = query['chunk_weights'][row]
-                assert not seen[np.arange(len(seen)) // parts != number].any()
-                weights = query['label_weights'][row]
-                if not weights.any():
-                    continue
-                count = int((weights > 0).sum())
-                labels = query['labels'][row, :count].tolist()
+            seen = query['chunk_weights'][row]
+            assert seen[chunks].any() and not np.delete(seen, np.r_[chunks]).any()
+            asked = asked_in({key: value[row] for key, value in query.items()})
+            most.add(len(asked))
+            for tokens, labels, places in asked:
                 (at,) = [i for i, q in enumerate(own[0].queries) if q.answer.tolist() == labels]
                 known = own[0].queries[at]
-                start = len(known.prompt)
-                np.testing.assert_array_equal(
-                    query['tokens'][row, : start + count - 1], [*known.prompt, *known.answer[:-1]]
-                )
-                places = query['label_positions'][row, :count]
-                np.testing.assert_array_equal(places, start - 1 + np.arange(count))
+                assert tokens == [*known.prompt, *known.answer[:-1]]
                 if kind == 'stored':
-                    np.testing.assert_array_equal(
-                        query['teacher_ids'][row, :count, :3], known.teacher_ids
-                    )
-                    assert (query['teacher_log_probs'][row, :count, 3:] < -1e3).all()
-                else:
-                    prompt = own[0].teacher_prompts[at]
-                    teacher = item['teacher']
-                    np.testing.assert_array_equal(teacher['tokens'][row, : len(prompt)], prompt)
-                    assert teacher['label_positions'][row, 0] == len(prompt) - 1
+                    found = query['teacher_ids'][row][places, :3]
+                    np.testing.assert_array_equal(found, known.teacher_ids)
+                    assert (query['teacher_log_probs'][row][places, 3:] < -1e3).all()
+            if kind == 'online':
+                read = {key: value[row] for key, value in item['teacher'].items()}
+                weights = {key: query[key][row] for key in ('labels', 'label_weights')}
+                for (_, labels, places), other in zip(
+                    asked, asked_in({**read, **weights}), strict=True
+                ):
+                    (at,) = [i for i, q in enumerate(own[0].queries) if q.answer.tolist() == labels]
+                    assert other == ([*own[0].teacher_prompts[at], *labels[:-1]], labels, places)
+    assert most == {1, 2}  # a third question has no room
     assert len(shapes) == 6  # one shape in a step
     assert len({shape for _, shape in shapes}) > 1
     assert {count for _, (_, _, count) in shapes} == {2, 4}
     largest = jax.tree.map(lambda x: x.shape, docs.example(config, None, None))
     assert largest['context']['tokens'] == (8, 4)
-    assert largest['query']['tokens'] == (12, 12)
+    assert largest['query']['tokens'] == (4, 16)
     assert ('teacher' in largest) == (kind == 'online')
 
 
@@ -529,13 +538,13 @@ def test_generated_answers_need_an_opinion(tmp_path, tiny):
 def test_an_answer_without_an_opinion_is_certain():
     """Distillation is then cross-entropy."""
     known = record(queries=3, entries=0)
-    rows = docs.rows_of(CONFIG, known, [0, 2], 3)
-    assert rows['label_weights'].sum() == pytest.approx(1) and not rows['label_weights'][2].any()
-    logits = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 128)), jnp.float32)
-    there = rows['label_weights'] > 0
+    row = docs.row_of(CONFIG, known, [0, 2])['query']
+    assert row['label_weights'].sum() == pytest.approx(1)
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((1, 8, 128)), jnp.float32)
+    there = row['label_weights'] > 0
     np.testing.assert_allclose(
-        objectives.top_k_distillation(logits, rows)[there],
-        objectives.cross_entropy(logits, rows)[there],
+        objectives.top_k_distillation(logits, row)[there],
+        objectives.cross_entropy(logits, row)[there],
         rtol=1e-6,
     )
 
