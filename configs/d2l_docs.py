@@ -62,7 +62,9 @@ def _published(base: str, topology: str, mesh: dict[str, int]) -> ConfigDict:
     config.name = 'd2l_docs'
     config.hypernetwork.encoder.name = 'per_layer_activations'
     config.hypernetwork.shape.update({'num_latents': 8, 'num_blocks': 9})
-    config.objective = ConfigDict({'name': 'top_k_distillation', 'l1': 0.1, 'max_chunks': 1})
+    config.objective = ConfigDict(
+        {'name': 'top_k_distillation', 'l1': 0.1, 'max_chunks': 1, 'label_block': 16}
+    )
     config.data = ConfigDict(
         {
             'name': 'documents',

@@ -152,7 +152,7 @@ def load_params(directory) -> tuple[dict, dict]:
     A training that is writing there at the same time is not disturbed.
 
     Args:
-      directory: local path of the checkpoints of a training.
+      directory: path or gs:// URL of the checkpoints of a training.
 
     Returns:
       params: nested dict of numpy arrays, without optimiser state.

@@ -145,8 +145,11 @@ class Learner:
         chunks, shared, extra = self.hypernetwork.generate_with_losses(
             params, encoder, batch['context'], key
         )
-        logits_of = functools.partial(self._logits, frozen['base'], noise_key)
-        total, sums = self.objective(chunks, shared, batch, logits_of)
+        model = objectives.AdaptedModel(
+            functools.partial(self._hidden, frozen['base'], noise_key),
+            functools.partial(self.decoder.apply, {'params': frozen['base']}, method='unembed'),
+        )
+        total, sums = self.objective(chunks, shared, batch, model)
         return total + extra * sums['loss'][1], sums
 
     def _teach(self, frozen: Any, teacher: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -156,7 +159,7 @@ class Learner:
         )
         return {'teacher_ids': ids, 'teacher_log_probs': jax.lax.stop_gradient(log_probs)}
 
-    def _logits(
+    def _hidden(
         self,
         base: Any,
         key: jax.Array | None,
@@ -164,7 +167,7 @@ class Learner:
         shared: Lora | None,
         query: dict[str, jax.Array],
     ) -> jax.Array:
-        """The adapted model's logits at the labels, `[b, k, v]`."""
+        """The adapted model's hidden states at the labels, `[b, k, d]`."""
         adapter, rank_weights = lora.compose(chunks, shared, self.groups, query['chunk_weights'])
         noise = None
         if key is not None and self.neftune:
@@ -181,8 +184,7 @@ class Learner:
             noise=noise,
         ).hidden
         # Logits only where there is a label: vocabularies are large.
-        hidden = jnp.take_along_axis(hidden, query['label_positions'][..., None], 1)
-        return self.decoder.apply({'params': base}, hidden, method='unembed')
+        return jnp.take_along_axis(hidden, query['label_positions'][..., None], 1)
 
     def step(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict]:
         """One optimiser step over a microbatches: gradients of sums, divided once.

@@ -1,7 +1,7 @@
 """Objectives of meta-learning: what the generated LoRAs are trained towards.
 
-Axes: b rows, k labels per row, v vocabulary, t teacher's top entries, l layers, n chunks, r rank,
-i and o a module's widths.
+Axes: b rows, k labels per row, d width, v vocabulary, t teacher's top entries, l layers, n chunks,
+r rank, i and o a module's widths.
 
 Losses are sums with weights, divided once after all microbatches and devices are added up, so that
 accumulation and packing change nothing. Label weights come with the batch: 1 for each label
@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,18 @@ TEACHER_ENTRIES = 16  # of a teacher's distribution, which distillation keeps
 
 # Name of a metric -> (sum, weight).
 Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class AdaptedModel(NamedTuple):
+    """The frozen model, to be adapted.
+
+    Attributes:
+      hidden: (chunks, shared, query) -> its hidden states at the labels, `[b, k, d]`.
+      unembed: hidden states -> logits, `[..., d]` -> `[..., v]`.
+    """
+
+    hidden: Callable[[Lora, Lora | None, dict[str, jax.Array]], jax.Array]
+    unembed: Callable[[jax.Array], jax.Array]
 
 
 def cross_entropy(
@@ -68,19 +80,22 @@ class LanguageModelling:
       l1: coefficient of the L1 penalty on generated A and B, per context (Doc-to-LoRA).
       max_chunks: chunks of the longest context (that penalty's mean runs over them).
       l2: coefficient of the penalty on the mean squares of A and B (Text-to-LoRA).
+      label_block: how many labels of every row have logits at a time, the rest being computed again
+        for the gradient: vocabularies are large. It divides k; 0 for all at once.
     """
 
     token_loss: Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
     l1: float = 0.0
     max_chunks: int = 1
     l2: float = 0.0
+    label_block: int = 0
 
     def __call__(
         self,
         chunks: Lora,
         shared: Lora | None,
         batch: dict[str, dict[str, jax.Array]],
-        logits_of: Callable[[Lora, Lora | None, dict[str, jax.Array]], jax.Array],
+        model: AdaptedModel,
     ) -> tuple[jax.Array, Sums]:
         """Sum of losses over a microbatch, and what is reported.
 
@@ -88,12 +103,15 @@ class LanguageModelling:
           chunks: one row per context chunk.
           shared: the LoRA that all contexts share.
           batch: `context` and `query`, see `meta_learning.Learner.loss`.
-          logits_of: (chunks, shared, query) -> the adapted model's logits at the labels.
+          model: what the LoRAs adapt.
+
+        Raises:
+          ValueError: `label_block` does not divide k.
         """
         query = batch['query']
-        logits, weights = logits_of(chunks, shared, query), query['label_weights']
-        total, weight = (weights * self.token_loss(logits, query)).sum(), weights.sum()
-        right = logits.argmax(-1) == query['labels']
+        losses, right = self._of_labels(model, model.hidden(chunks, shared, query), query)
+        weights = query['label_weights']
+        total, weight = (weights * losses).sum(), weights.sum()
         rows = (right | (weights == 0)).all(-1).astype(jnp.float32)
         sums = {
             'loss': (total, weight),
@@ -110,6 +128,30 @@ class LanguageModelling:
             sums['l2'] = l2, weight
             total += self.l2 * l2
         return total, sums
+
+    def _of_labels(
+        self, model: AdaptedModel, hidden: jax.Array, query: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """The loss of each label, and whether it is the likeliest token, `[b, k]`."""
+
+        def of_block(block):
+            hidden, labels = block
+            logits = model.unembed(hidden)
+            return self.token_loss(logits, labels), logits.argmax(-1) == labels['labels']
+
+        keys = ('labels', 'teacher_ids', 'teacher_log_probs')
+        whole = hidden, {key: query[key] for key in keys if key in query}
+        if not self.label_block:
+            return of_block(whole)
+        rows, count, _ = hidden.shape
+        if count % self.label_block:
+            raise ValueError(f'label_block {self.label_block} does not divide {count} labels')
+
+        def split(x):
+            return x.reshape(rows, -1, self.label_block, *x.shape[2:]).swapaxes(0, 1)
+
+        found = jax.lax.map(jax.checkpoint(of_block), jax.tree.map(split, whole))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, count), found)
 
 
 def l1_of_generated(
@@ -174,7 +216,7 @@ class Reconstruction:
         chunks: Lora,
         shared: None,
         batch: dict[str, dict[str, Any]],
-        logits_of: Any = None,
+        model: Any = None,
     ) -> tuple[jax.Array, Sums]:
         """Sum of losses over a microbatch, and what is reported.
 
@@ -184,7 +226,7 @@ class Reconstruction:
           batch: `target`: module -> a `[n, l, r, i]` and b `[n, l, r, o]`; where the hypernetwork
             makes z-scores, also a_deviation and b_deviation of the same shapes, which the
             differences are divided by.
-          logits_of: not used; what other objectives take.
+          model: not used; what other objectives take.
         """
         compare = _delta_error if self.delta else _factor_error
         target = batch['target']

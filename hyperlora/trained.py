@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from etils import epath
 from ml_collections import ConfigDict
 
 from hyperlora import checkpointing, hypernetwork
@@ -54,7 +55,7 @@ def load(
 
     Args:
       checkpoint: name of shipped weights (a folder of hyperlora/pretrained), a folder that
-        `launch.export` wrote, or the workdir of a training.
+        `launch.export` wrote, or the workdir of a training, which may be a gs:// URL.
       base: the base model, if it is loaded already.
       quantization: of the base model, see `load_base`; None for that of the training.
 
@@ -94,7 +95,7 @@ def load(
 def read(checkpoint: str) -> tuple[pathlib.Path, Any, dict]:
     """(folder, parameters, record) of a checkpoint; see `load`."""
     names = sorted(p.name for p in PRETRAINED.glob('*') if p.is_dir())
-    folder = PRETRAINED / checkpoint if checkpoint in names else pathlib.Path(checkpoint)
+    folder = PRETRAINED / checkpoint if checkpoint in names else epath.Path(checkpoint)
     if (folder / 'checkpoints').is_dir():
         return folder, *checkpointing.load_params((folder / 'checkpoints').resolve())
     if (folder / 'config.json').is_file():

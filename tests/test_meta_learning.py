@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import flax.linen as nn
 import jax
@@ -27,7 +28,7 @@ import pytest
 from conftest import TINY, tiny_base, tiny_training
 from ml_collections import ConfigDict
 
-from hyperlora import costs, data, lora, meta_learning, objectives, sharding
+from hyperlora import costs, data, lora, meta_learning, objectives, sharding, trained
 from hyperlora.data.packing import pack
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
@@ -302,8 +303,13 @@ def test_a_run_in_two_parts_is_the_same_run(straight, tmp_path, monkeypatch, cap
 
 def test_a_run_from_weights(straight, tmp_path, monkeypatch):
     """It starts with the weights, but at step 0, with a fresh optimiser; a rate of 0 keeps them."""
+    folder, path = straight[0], pathlib.Path  # which takes the place of a bucket
+    buckets = types.SimpleNamespace(
+        Path=lambda url: path(str(url).replace('gs://bucket', str(folder.parent)))
+    )
+    monkeypatch.setattr(trained, 'epath', buckets)
     config = tiny_training()
-    config.init_from = str(straight[0])
+    config.init_from = f'gs://bucket/{folder.name}'
     config.optimizer.learning_rate = config.optimizer.end_learning_rate = 0.0
     state = meta_learning.train(config, str(tmp_path / 'run'))
     assert int(state.step) == 6

@@ -1,5 +1,7 @@
 """Losses and their gradients against those of the original implementation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +126,30 @@ def test_without_l1_the_total_is_the_loss(problem, kind):
     parts, params, base, batch = problem
     total, sums = jax.jit(learner(parts, kind, 0.0).loss)(params, base, batch)
     assert float(total) == float(sums['loss'][0])
+
+
+@pytest.mark.parametrize('kind', TOKEN_LOSSES)
+def test_labels_in_blocks(problem, gradients, kind):
+    """Memory is all that changes."""
+    parts, params, base, batch = problem
+    whole = learner(parts, kind, 0.1)
+    labels = batch['query']['labels'].shape[1]
+    in_blocks = [
+        dataclasses.replace(
+            whole, objective=dataclasses.replace(whole.objective, label_block=labels // count)
+        )
+        for count in (1, labels)
+    ]
+    for each in in_blocks:
+        found = jax.jit(jax.value_and_grad(each.loss, has_aux=True))(params, base, batch)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+            found,
+            gradients[kind],
+        )
+    uneven = dataclasses.replace(whole.objective, label_block=labels + 1)
+    with pytest.raises(ValueError, match=f'does not divide {labels} labels'):
+        dataclasses.replace(whole, objective=uneven).loss(params, base, batch)
 
 
 @pytest.mark.parametrize('kind', TOKEN_LOSSES)
