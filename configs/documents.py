@@ -34,7 +34,7 @@ def get_config(argument: str = '') -> ConfigDict:
             'shards': 8,  # files; each is written whole, by one process
             'tokens_per_pass': 4096,
             'settings': {
-                'questions': 'given',  # or generated, both, passages
+                'questions': 'given',  # or generated, both, passages, restate
                 'questions_per_document': 8,
                 'answers': 'generated',  # or given
                 'max_answer_tokens': 64,

@@ -138,8 +138,9 @@ class Settings:
     """How records are made.
 
     Attributes:
-      questions: `given`, those of the documents; `generated`, asked by the teacher; `both`; or
-        `passages`, which fill gaps and complete sentences (`d2l.passages`).
+      questions: `given`, those of the documents; `generated`, asked by the teacher; `both`;
+        `passages`, which fill gaps and complete sentences (`d2l.passages`); or `restate`, each
+        sentence as a document that is to be repeated.
       questions_per_document: how many to generate; of given ones all are kept.
       answers: `given`, the first accepted one, or `generated` by the teacher.
       max_answer_tokens: answers that have not ended by then are left out.
@@ -154,7 +155,7 @@ class Settings:
 
     def __post_init__(self):
         for name, known in (
-            ('questions', ('given', 'generated', 'both', 'passages')),
+            ('questions', ('given', 'generated', 'both', 'passages', 'restate')),
             ('answers', ('given', 'generated')),
         ):
             if getattr(self, name) not in known:
@@ -199,13 +200,15 @@ def records(
 def _block(teacher, context_tokenizer, documents, settings):
     base = teacher.base
     room = base.config.max_length - settings.max_answer_tokens - _QUESTION_ROOM
+    if settings.questions == 'restate':
+        documents = [sentence for d in documents for sentence in passages.restate(d)]
     documents = [d for d in documents if len(base.tokenizer.encode(d.text)) <= room]
     if settings.questions == 'passages':
         documents = [
             dataclasses.replace(d, questions=passages.ask(d, settings.questions_per_document))
             for d in documents
         ]
-    elif settings.questions != 'given':
+    elif settings.questions not in ('given', 'restate'):
         asked = ask(teacher, documents, settings.questions_per_document)
         if settings.questions == 'both':
             asked = [

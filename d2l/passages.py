@@ -1,4 +1,4 @@
-"""Questions about any text that need no teacher: fill a gap, complete a sentence.
+"""Questions about any text that need no teacher: fill a gap, complete or repeat a sentence.
 
 They stretch little data: a document without questions can be trained on as well (after SHINE and
 Generative Adapter, which pretrain on reconstruction and completion).
@@ -25,15 +25,15 @@ _GAP = (
     'Which words are missing here? {}',
 )
 _END = ('Complete the sentence: {}', 'How does this go on? {}', 'Continue: {}')
+_REPEAT = ('Repeat the text.', 'What does the text say?', 'Recite the text word for word.')
 _TAIL_WORDS = 8  # of a sentence's end that is asked for
 
 
 def ask(document: Document, count: int) -> tuple[Question, ...]:
     """At most `count` questions, gaps and ends of sentences by turns; they follow from the
     document's name and text."""
-    rng = np.random.default_rng(zlib.crc32(document.name.encode()))
-    sentences = [' '.join(s.split()) for s in _SENTENCE.findall(document.text)]
-    sentences = [s for s in sentences if 6 <= len(s.split()) <= 40]
+    rng = _rng(document)
+    sentences = _sentences(document)
     found = []
     for number, index in enumerate(rng.permutation(len(sentences))[:count]):
         make = _gap if number % 2 == 0 else _end
@@ -41,6 +41,29 @@ def ask(document: Document, count: int) -> tuple[Question, ...]:
         if question is not None:
             found.append(question)
     return tuple(found)
+
+
+def restate(document: Document) -> list[Document]:
+    """Each sentence as a document of its own, named NAME#NUMBER, which is to be repeated: every
+    token of a context is a label, so that little text teaches much."""
+    rng = _rng(document)
+    return [
+        Document(
+            f'{document.name}#{number}',
+            sentence,
+            (Question(_REPEAT[rng.integers(len(_REPEAT))], (sentence,)),),
+        )
+        for number, sentence in enumerate(_sentences(document))
+    ]
+
+
+def _rng(document: Document) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(document.name.encode()))
+
+
+def _sentences(document: Document) -> list[str]:
+    sentences = [' '.join(s.split()) for s in _SENTENCE.findall(document.text)]
+    return [s for s in sentences if 6 <= len(s.split()) <= 40]
 
 
 def _gap(rng: np.random.Generator, sentence: str) -> Question | None:

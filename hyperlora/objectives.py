@@ -112,11 +112,13 @@ class LanguageModelling:
         losses, right = self._of_labels(model, model.hidden(chunks, shared, query), query)
         weights = query['label_weights']
         total, weight = (weights * losses).sum(), weights.sum()
-        rows = (right | (weights == 0)).all(-1).astype(jnp.float32)
+        asked = (weights > 0).any(-1)
+        exact = asked & (right | (weights == 0)).all(-1)
         sums = {
             'loss': (total, weight),
             'accuracy': ((weights * right).sum(), weight),  # of labels
-            'exact': (rows.sum(), jnp.float32(rows.size)),  # rows of which all labels are right
+            # Rows of which all labels are right, of those that have any.
+            'exact': (exact.sum().astype(jnp.float32), asked.sum().astype(jnp.float32)),
         }
         if self.l1:
             mask = batch['context']['mask'].any(-1)

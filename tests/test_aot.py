@@ -302,6 +302,7 @@ def test_a_training_step_compiles_for_tpus(needs_libtpu, tiny_model):
     assert json.loads(json.dumps(found)) == found
 
 
+@pytest.mark.slow
 def test_only_gradients_cross_from_slice_to_slice(needs_libtpu, tiny_model):
     config = d2l_niah.get_config('tiny')
     config.base, config.mesh.slice = 'tiny', 2

@@ -371,6 +371,7 @@ def test_quickstart_describes_a_task(task_checkpoint, base, capsys):
         assert ''.join(line.split()) == ''.join(' '.join(parts).split())
 
 
+@pytest.mark.slow
 def test_a_reader_is_trained_and_teaches(command, checkpoint, base, tmp_path):
     """Given answers -> a reader -> its answers as records; and it reads in the evaluation."""
     given, reader, taught, data = (tmp_path / n for n in ('given', 'reader', 'taught', 'a.jsonl'))

@@ -592,6 +592,19 @@ def test_questions_of_passages():
         assert sentence.replace('____', answer).replace('...', answer) in whole
 
 
+def test_restated_sentences(teacher):
+    text = 'The old bridge was built of stone. It fell. Nobody was to blame for it.'
+    parts = passages.restate(Document('a', text))
+    assert parts == passages.restate(Document('a', text))
+    assert [part.name for part in parts] == ['a#0', 'a#1']  # the short sentence is left out
+    assert all(part.questions[0].answers == (part.text,) for part in parts)
+    settings = Settings('restate', answers='given', max_answer_tokens=64, entries=0)
+    made = distillation.records(teacher, teacher.base.tokenizer, [Document('a', text)], settings)
+    for part, known in zip(parts, made, strict=True):
+        assert known.name == part.name
+        assert known.queries[0].answer.tolist() == [*known.context, teacher.base.tokenizer.eos_id]
+
+
 def test_a_teacher_reads_with_its_lora(tiny):
     mesh = sharding.make_mesh({'fsdp': -1})
     dims = {name: (i, o) for name, i, o in lora.module_dims(tiny.config, ('down_proj',))}
