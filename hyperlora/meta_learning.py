@@ -26,6 +26,7 @@ import flax.linen as nn
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import NamedSharding
@@ -377,7 +378,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         progress = Progress(last_step, start)
         # Several processes leave SIGTERM to JAX, which tells it to all of them.
         stop = _StopOnSignal() if jax.process_count() == 1 else None
-        metrics = None
+        metrics, recent = None, []
         for step in range(start + 1, last_step + 1):
             batch = sharding.global_batch(next(batches), plan.batch_place)
             rows = jax.tree.leaves(batch.get('query', batch.get('target')))
@@ -385,10 +386,13 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             before, (state, metrics) = metrics, plan.step(state, plan.frozen, batch)
             jax.block_until_ready(before)  # steps are dispatched one ahead: rates are real
             progress.update(step, examples)
+            recent.append(metrics)
             stopping = stop.requested if stop else checkpointer.reached_preemption(step)
             saving = stopping or step == last_step or step % config.checkpoint_every == 0
             if saving or step % config.log_every == 0:
-                values = {key: float(value) for key, value in metrics.items()}
+                # A step holds few contexts: what is reported is the mean since the last report.
+                values = {key: float(np.mean([one[key] for one in recent])) for key in metrics}
+                recent.clear()
                 if not all(map(math.isfinite, values.values())):
                     checkpointer.close()
                     raise UserError(
