@@ -148,7 +148,7 @@ class Learner:
         )
         model = objectives.AdaptedModel(
             functools.partial(self._hidden, frozen['base'], noise_key),
-            functools.partial(self.decoder.apply, {'params': frozen['base']}, method='unembed'),
+            functools.partial(self._unembed, frozen['base']),
         )
         total, sums = self.objective(chunks, shared, batch, model)
         return total + extra * sums['loss'][1], sums
@@ -186,6 +186,9 @@ class Learner:
         ).hidden
         # Logits only where there is a label: vocabularies are large.
         return jnp.take_along_axis(hidden, query['label_positions'][..., None], 1)
+
+    def _unembed(self, base: Any, hidden: jax.Array) -> jax.Array:
+        return self.decoder.apply({'params': base}, hidden, method='unembed')
 
     def step(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict]:
         """One optimiser step over a microbatches: gradients of sums, divided once.
