@@ -62,7 +62,8 @@ class DocumentGroups:
     def __getitem__(self, index: int) -> Rows:
         """One group: `context` {tokens, mask `[n, s]`}, `query` (see `Learner.loss`) with the
         teacher's ids and log-probabilities `[b, k, e]`, or `teacher` {tokens, positions, segments
-        `[b, T]`, label_positions `[b, k]`}."""
+        `[b, T]`, label_positions `[b, k]`}. Rows of one question (`queries` 1) have neither
+        positions nor segments."""
         c = self.config
         step = index // self.groups_per_step
         shape_rng = np.random.default_rng((self.seed, 0, step))
