@@ -106,7 +106,7 @@ class LanguageModelling:
           model: what the LoRAs adapt.
 
         Raises:
-          ValueError: `label_block` does not divide k.
+          UserError: `label_block` does not divide k.
         """
         query = batch['query']
         losses, right = self._of_labels(model, model.hidden(chunks, shared, query), query)
@@ -147,7 +147,9 @@ class LanguageModelling:
             return of_block(whole)
         rows, count, _ = hidden.shape
         if count % self.label_block:
-            raise ValueError(f'label_block {self.label_block} does not divide {count} labels')
+            raise UserError(
+                f'objective.label_block ({self.label_block}) does not divide {count} labels'
+            )
 
         def split(x):
             return x.reshape(rows, -1, self.label_block, *x.shape[2:]).swapaxes(0, 1)

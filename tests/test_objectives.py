@@ -13,6 +13,7 @@ from test_d2l_golden import hypernetwork
 from d2l.context_encoders import early_exit
 from d2l.upstream import params_from_upstream
 from hyperlora import objectives
+from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.lora import Lora, LoraPair
 from hyperlora.meta_learning import Learner
@@ -148,7 +149,7 @@ def test_labels_in_blocks(problem, gradients, kind):
             gradients[kind],
         )
     uneven = dataclasses.replace(whole.objective, label_block=labels + 1)
-    with pytest.raises(ValueError, match=f'does not divide {labels} labels'):
+    with pytest.raises(UserError, match=f'does not divide {labels} labels'):
         dataclasses.replace(whole, objective=uneven).loss(params, base, batch)
 
 
