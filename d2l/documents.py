@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from d2l import files
+from hyperlora.data import readers
 from hyperlora.errors import UserError
 
 
@@ -171,19 +172,21 @@ def read_tfds(name: str, split: str = 'train', data_dir: str | None = None) -> I
         yield Document(f'{name}/{number}', context, tuple(questions))
 
 
-def read_facts(*args: Any, **kwargs: Any) -> Iterator[Document]:
+def read_facts(
+    count: int, seed: int = 0, facts: int | Sequence[int] = (1, 8), split: str = 'train'
+) -> Iterator[Document]:
     """See `d2l.facts.read_facts`.
 
     Raises:
       UserError: faker is missing.
     """
     try:
-        from d2l import facts
+        from d2l.facts import read_facts
     except ImportError as error:
         raise UserError(
             f'made-up facts need {error.name}: pip install "hyperlora[documents]"'
         ) from error
-    return facts.read_facts(*args, **kwargs)
+    return read_facts(count, seed, facts, split)
 
 
 READERS: dict[str, Callable[..., Iterable[Document]]] = {
@@ -229,14 +232,7 @@ def read(sources: Iterable[dict[str, Any]]) -> list[Document]:
     """
     found: dict[str, Document] = {}
     for source in sources:
-        arguments = dict(source)
-        reader = arguments.pop('reader', None)
-        if reader not in READERS:
-            raise UserError(f'unknown reader of documents {reader!r}; known: {", ".join(READERS)}')
-        try:
-            documents = READERS[reader](**arguments)
-        except TypeError as error:
-            raise UserError(f'arguments of the reader {reader!r}: {error}') from error
+        documents = readers.bind(READERS, source, 'documents')()
         for document in documents:
             if document.name in found:
                 raise UserError(f'two documents are named {document.name!r}')

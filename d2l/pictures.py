@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hyperlora.data import readers
 from hyperlora.errors import UserError
 
 _DIGITS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
@@ -91,14 +92,8 @@ def read(sources: list[dict[str, Any]]) -> list[Picture]:
     """
     found: list[Picture] = []
     for source in sources:
-        arguments = dict(source)
-        reader = arguments.pop('reader', None)
-        if reader not in READERS:
-            raise UserError(f'unknown reader of pictures {reader!r}; known: {", ".join(READERS)}')
         try:
-            found += READERS[reader](**arguments)
-        except TypeError as error:
-            raise UserError(f'arguments of the reader {reader!r}: {error}') from error
+            found += readers.bind(READERS, source, 'pictures')()
         except ImportError as error:
             raise UserError(f"needs {error.name}: pip install 'hyperlora[pictures]'") from error
     return found

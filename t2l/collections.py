@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from hyperlora.data import readers
 from hyperlora.errors import UserError
 from t2l import tasks
 from t2l.tasks import Task
@@ -114,16 +114,10 @@ def collect(config: ConfigDict) -> Collection:
     held_out: dict[str, Task] = {}
     for source in config.sources:
         arguments = dict(source)
-        reader = arguments.pop('reader', None)
+        reader = arguments.get('reader')
         names = set(arguments.pop('held_out', ()))
-        if reader not in READERS:
-            raise UserError(f'unknown reader of tasks {reader!r}; known: {", ".join(READERS)}')
         try:
-            inspect.signature(READERS[reader]).bind(**arguments)
-        except TypeError as error:
-            raise UserError(f'arguments of the reader {reader!r} of tasks: {error}') from error
-        try:
-            found = READERS[reader](**arguments)
+            found = readers.bind(READERS, arguments, 'tasks')()
         except ImportError as error:
             raise UserError(
                 f'{reader} tasks need {error.name}: pip install "hyperlora[tasks]"'
