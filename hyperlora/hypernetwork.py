@@ -23,6 +23,7 @@ from hyperlora.lora import Lora
 from hyperlora.models.base import BaseModel
 
 _BUILDERS = {
+    'captioner': 'd2l.captioner:build',
     'doc_to_lora': 'd2l.build:build',
     'lora_table': 'hyperlora.lora_table:build',
     'text_to_lora': 't2l.build:build',
@@ -35,7 +36,8 @@ class Hypernetwork:
 
     Attributes:
       module: linen module whose `__call__(features, mask)` returns (a Lora of one row per context
-        chunk, a Lora of one row shared by all or None). Its parameters are all that trains.
+        chunk, a Lora of one row shared by all or None). Its parameters are all that trains. Of
+        `captioner`, soft tokens `[n, t, d]` that stand before the query instead, and None.
       encoder: the frozen model that reads contexts, with `params` and a `fingerprint`; often the
         base model itself.
       encode: (the encoder's parameters, context batch) -> (features, mask). Not differentiated.

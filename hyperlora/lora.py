@@ -233,6 +233,17 @@ def fold(lora: Lora, rank_weights: jax.Array) -> Lora:
     )
 
 
+def norms(lora: Lora) -> dict[str, jax.Array]:
+    """Module -> Frobenius norm of `scaling A^T B` by layer and row, `[l, g]`."""
+
+    def norm(pair: LoraPair) -> jax.Array:
+        # Of the factors' inner products: the delta itself is never made.
+        inner = [jnp.einsum('lgri,lgsi->lgrs', x, x) for x in (pair.a, pair.b)]
+        return lora.scaling * jnp.sqrt(jnp.maximum((inner[0] * inner[1]).sum((2, 3)), 0))
+
+    return {name: norm(pair) for name, pair in lora.pairs.items()}
+
+
 def silent_rows(lora: Lora) -> np.ndarray:
     """`[g]` bool: rows whose B is zero everywhere, which leave the base model as it is."""
     return ~np.any(

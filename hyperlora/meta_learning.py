@@ -40,7 +40,7 @@ from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.lora import Lora
 from hyperlora.metrics import MetricWriter, Progress
 from hyperlora.models.base import BaseModel, load_base
-from hyperlora.models.decoder import Decoder
+from hyperlora.models.decoder import Decoder, prefix
 
 Batch = dict[str, dict[str, jax.Array]]
 
@@ -164,13 +164,18 @@ class Learner:
         self,
         base: Any,
         key: jax.Array | None,
-        chunks: Lora,
+        chunks: Lora | jax.Array,
         shared: Lora | None,
         query: dict[str, jax.Array],
     ) -> jax.Array:
-        """The adapted model's hidden states at the labels, `[b, k, d]`."""
-        adapter, rank_weights = lora.compose(chunks, shared, self.groups, query['chunk_weights'])
-        noise = None
+        """The adapted model's hidden states at the labels, `[b, k, d]`. Instead of LoRAs there may
+        be soft tokens `[b, t, d]`, which stand first in each row."""
+        adapter = rank_weights = noise = soft = None
+        if isinstance(chunks, Lora):
+            weights = query['chunk_weights']
+            adapter, rank_weights = lora.compose(chunks, shared, self.groups, weights)
+        else:
+            soft = prefix(chunks, query['tokens'].shape[1])
         if key is not None and self.neftune:
             shape = (*query['tokens'].shape, self.decoder.config.width)
             limit = self.neftune / math.sqrt(shape[1] * shape[2])
@@ -182,6 +187,7 @@ class Learner:
             query.get('segments'),
             lora=adapter,
             rank_weights=rank_weights,
+            soft=soft,
             noise=noise,
         ).hidden
         # Logits only where there is a label: vocabularies are large.

@@ -4,6 +4,8 @@ python -m launch.demo [--documents=smollm2-niah] [--tasks=smollm2-t2l] [--adapte
     [--host=127.0.0.1] [--port=7860] [--share]
 """
 
+import threading
+
 from absl import flags
 
 from hyperlora.errors import UserError
@@ -31,6 +33,8 @@ def main(_):
 
     shelf = Shelf(cli.writable_directory(_ADAPTERS.value))
     engine = Engine(_DOCUMENTS.value, _TASKS.value)
+    # In the background: the page is there at once.
+    threading.Thread(target=engine.warm_up, daemon=True).start()
     page.launch(page.build(engine, shelf), _HOST.value, _PORT.value, _SHARE.value)
 
 

@@ -2,8 +2,8 @@
 
     python -m launch.evaluate --config=configs/eval_niah.py --checkpoint=NAME_OR_DIR --workdir=DIR
 
-Writes metrics.json and plots to the workdir. The same command continues an evaluation that was
-interrupted.
+Writes metrics.json and plots to the workdir, the plots also for TensorBoard. The same command
+continues an evaluation that was interrupted.
 """
 
 import importlib
@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from hyperlora.errors import UserError
+from hyperlora.evaluation import plots
 from launch import cli
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Evaluation.', lock_config=True)
@@ -36,6 +37,7 @@ def main(_):
     workdir = cli.writable_directory(_WORKDIR.value)
     module, function = _EVALUATIONS[name].split(':')
     getattr(importlib.import_module(module), function)(config, _CHECKPOINT.value, workdir)
+    plots.to_tensorboard(workdir)
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from hyperlora import trained
 from hyperlora.errors import UserError
-from hyperlora.evaluation import record
+from hyperlora.evaluation import plots, record
 from hyperlora.generation import answer, bucket
 from hyperlora.lora import Lora
 from hyperlora.lora_table import entries
@@ -261,6 +261,12 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
         left = (time.perf_counter() - begun) / done * (len(todo) - done)
         line = '  '.join(f'{name} {score:.2f}' for name, score in scores.items())
         print(f'{task.name}: {line}  ETA {left / 60:.0f} min', flush=True)
+    plots.bars(
+        workdir / 't2l_methods.png',
+        metrics['average'],
+        'exact match',
+        'Tasks by their descriptions',
+    )
     for group, scores in metrics['average'].items():
         print(f'{group}: ' + '  '.join(f'{name} {score:.3f}' for name, score in scores.items()))
 

@@ -1,14 +1,16 @@
 """Documents to LoRAs: the chunks' LoRAs add up, whatever way they are computed."""
 
+import copy
 import dataclasses
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import CharTokenizer, tiny_base, tiny_training
 
-from d2l import build, internalize
+from d2l import build, inspection, internalize
 from d2l.internalize import Answerer, Internalizer, Question
 from hyperlora import hypernetwork
 from hyperlora.errors import UserError
@@ -187,3 +189,37 @@ def test_many_answers_are_each_ones_answer(model):
 def test_an_empty_document_is_refused(model):
     with pytest.raises(UserError, match='empty'):
         Internalizer(model)([])
+
+
+@pytest.mark.parametrize('entries', ['early_exit', 'per_layer_activations'])
+def test_attention_maps_weigh_the_values(model, entries):
+    """They are the weights that the module itself used: times its values they are its output."""
+    config = copy.deepcopy(model.config)
+    config.hypernetwork.encoder.name = entries
+    built = hypernetwork.build(config.hypernetwork, model.base)
+    params = nn.unbox(jax.jit(built.init)(jax.random.key(0), model.base.params))
+    trained = Trained(config, model.base, built, params)
+    tokens = document(0)[:10]
+    maps = inspection.attention_maps(trained, tokens)
+    np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
+    _, state = built.module.apply(
+        {'params': params},
+        *built.encode(
+            model.base.params, {'tokens': np.asarray([tokens]), 'mask': np.ones((1, 10), bool)}
+        ),
+        mutable=['intermediates'],
+        capture_intermediates=True,
+    )
+    shape = built.module.config.perceiver
+    assert maps.shape[:2] == (shape.num_blocks, model.base.config.num_layers ** (entries[0] == 'p'))
+    blocks = state['intermediates']['perceiver']
+    for i in range(shape.num_blocks):
+        block = blocks[f'cross_{i}']
+        v = block['v_proj']['__call__'][0]
+        v = v.reshape(*v.shape[:2], -1, shape.head_dim)
+        v = jnp.repeat(v, shape.num_heads // shape.num_kv_heads, 2)
+        y = jnp.einsum('ehzs,eshd->ezhd', maps[i], v).reshape(*v.shape[:1], maps.shape[3], -1)
+        y = y @ params['perceiver'][f'cross_{i}']['o_proj']['kernel']
+        np.testing.assert_allclose(y, block['o_proj']['__call__'][0], atol=1e-5)
+    with pytest.raises(UserError, match='empty'):
+        inspection.attention_maps(trained, [])

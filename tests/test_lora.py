@@ -250,6 +250,15 @@ def test_scale_and_fold():
 # ---------------------------------------------------------------------------- lower ranks
 
 
+def test_norms_are_those_of_the_deltas():
+    lora = random_lora(0, rows=2)
+    found = lora_lib.norms(lora)
+    for row in range(2):
+        for name, delta in dense(lora, row).items():
+            expected = np.sqrt((delta**2).sum((1, 2)))
+            np.testing.assert_allclose(found[name][:, row], expected, rtol=1e-5)
+
+
 def test_silent_rows_are_those_without_b():
     lora = random_lora(0, rows=3)
     lora.pairs['q_proj'] = lora.pairs['q_proj'].replace(b=lora.pairs['q_proj'].b.at[:, 1:].set(0))

@@ -1,14 +1,20 @@
 """metrics.jsonl across kills and resumes, TensorBoard events, progress."""
 
+import io
 import json
 import pathlib
 import resource
+import struct
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
+from tensorboardX.proto import event_pb2
 
 from hyperlora import metrics
 from hyperlora.errors import UserError
+from hyperlora.evaluation import plots
 
 
 def _lines(workdir):
@@ -114,3 +120,30 @@ def test_progress_forgets_how_fast_an_earlier_stage_was(monkeypatch):
         now += pause
         progress.update(step, examples=2)
     assert progress.rates() == {'steps_per_second': 0.25, 'examples_per_second': 0.5}
+
+
+def test_plots_are_shown_in_tensorboard(tmp_path):
+    plots.bars(tmp_path / 'methods.png', {'seen': {'a': 0.5, 'b': 1.0}}, 'score', 'Title')
+    plots.layers(tmp_path / 'norms.png', {'down_proj': [0.1, 0.2]}, 'norm', 'Title')
+    plots.scatter(tmp_path / 'map.png', np.eye(4), list('aabb'), 'Title')
+    plots.attention(tmp_path / 'attention.png', np.full((2, 3), 1 / 3), list('abc'), 'Title')
+    plots.to_tensorboard(tmp_path)
+    (events,) = tmp_path.glob('events.out.tfevents.*')
+    shown = {}
+    for record in tfrecords(events.read_bytes()):
+        event = event_pb2.Event.FromString(record)
+        shown |= {value.tag: value.image for value in event.summary.value}
+    assert sorted(shown) == ['attention', 'map', 'methods', 'norms']
+    for name, image in shown.items():
+        with Image.open(tmp_path / f'{name}.png') as drawn:
+            assert drawn.size == (image.width, image.height)
+            sent = Image.open(io.BytesIO(image.encoded_image_string))
+            assert np.array_equal(np.asarray(sent), np.asarray(drawn.convert('RGB')))
+
+
+def tfrecords(data):
+    """The records of a TFRecord file: length (8 bytes), its sum (4), the record, its sum (4)."""
+    while data:
+        (length,) = struct.unpack('<Q', data[:8])
+        yield data[12 : 12 + length]
+        data = data[16 + length :]

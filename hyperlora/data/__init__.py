@@ -21,6 +21,7 @@ from hyperlora.models.base import BaseModel
 # from (seed, index) alone, and shapes are the same within a step. And `example`: (config, base,
 # encoder) -> one of the largest groups, its labels made up.
 _MODULES = {
+    'captions': 'd2l.captions',
     'documents': 'd2l.docs',
     'niah': 'd2l.niah',
     'readings': 'd2l.reading',

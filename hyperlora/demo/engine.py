@@ -28,6 +28,7 @@ _BROWSER_BYTES = 512 * 2**20  # of the LoRAs of one browser
 _ALL_BYTES = 2 * 2**30  # of those of all; the browser that was away longest is forgotten
 _MAX_BROWSERS = 1000
 _EXAMPLE_TOKENS = 10_000  # past SmolLM2's window of 8192
+_USUAL_TOKENS = 2000  # of a document
 _ROWS_AT_ONCE = 32
 
 
@@ -207,10 +208,22 @@ class Engine:
         about = {'base_fingerprint': fingerprint, 'hypernetwork': checkpoint, 'documents': names}
         return Adapter(lora_lib.round_rank(lora), about)
 
-    def example(self, seed: int) -> tuple[str, str, str]:
-        """(document, question, answer): a number in more text than fits into the window."""
+    def warm_up(self) -> None:
+        """Compiles what the first document and question would wait for."""
+        checkpoint, me = self.documents[0], 'warm-up'
+        document, question, _ = self.example(0, _USUAL_TOKENS)
+        self.internalize(me, checkpoint, 'document', document)
+        adapter = self.documents_adapter(me, checkpoint)
+        for _ in self.ask((question, adapter), (question, None)):
+            pass
+        with self.lock:
+            del self._browsers[me]
+
+    def example(self, seed: int, tokens: int = _EXAMPLE_TOKENS) -> tuple[str, str, str]:
+        """(document, question, answer): a number in, by default, more text than fits into the
+        window."""
         tokenizer = self.session.internalizer.trained.hypernetwork.encoder.tokenizer
-        number, tokens = niah.hide(tokenizer, _EXAMPLE_TOKENS, seed)
+        number, tokens = niah.hide(tokenizer, tokens, seed)
         return tokenizer.decode(tokens), niah.QUESTION, number
 
     # ---- tasks

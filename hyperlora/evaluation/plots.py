@@ -1,4 +1,4 @@
-"""Plots of evaluations, as PNG files."""
+"""Plots of evaluations, as PNG files and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
+import tensorboardX
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
+
+
+def to_tensorboard(folder: str | pathlib.Path) -> None:
+    """Shows the PNG files of a folder in TensorBoard, by events in that folder."""
+    with tensorboardX.SummaryWriter(str(folder)) as board:
+        for path in sorted(pathlib.Path(folder).glob('*.png')):
+            board.add_image(path.stem, plt.imread(path)[..., :3], dataformats='HWC')
 
 
 def heat_map(
@@ -70,5 +78,101 @@ def curves(
     axes.set(xlabel=x_title, ylabel=y_title, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def bars(
+    path: str | pathlib.Path,
+    groups: Mapping[str, Mapping[str, float]],
+    y_title: str,
+    title: str,
+) -> None:
+    """Fractions side by side.
+
+    Args:
+      path: file to write.
+      groups: name of a group -> {name of a bar: its height in 0..1}; groups may lack some.
+    """
+    names = list(dict.fromkeys(name for heights in groups.values() for name in heights))
+    figure, axes = plt.subplots(figsize=(3 + 0.9 * len(names), 4.5), layout='constrained')
+    width = 0.8 / len(groups)
+    for number, (group, heights) in enumerate(groups.items()):
+        places = [names.index(name) + number * width for name in heights]
+        drawn = axes.bar(places, list(heights.values()), width, label=group)
+        axes.bar_label(drawn, fmt='%.2f')
+    axes.set_xticks(np.arange(len(names)) + 0.4 - width / 2, names, rotation=30, ha='right')
+    axes.set_ylim(0, 1.03)
+    axes.set(ylabel=y_title, title=title)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def attention(
+    path: str | pathlib.Path, weights: np.ndarray, tokens: Sequence[str], title: str
+) -> None:
+    """Where a Perceiver looks.
+
+    Args:
+      path: file to write.
+      weights: `[blocks, s]`, the attention of each block to each token.
+      tokens: s texts.
+    """
+    figure, axes = plt.subplots(
+        figsize=(2 + 0.22 * len(tokens), 2 + 0.3 * len(weights)), layout='constrained'
+    )
+    image = axes.imshow(weights, vmin=0, cmap='viridis', aspect='auto')
+    axes.set_xticks(range(len(tokens)), [t.strip() for t in tokens], rotation=90, fontsize=7)
+    axes.set_yticks(range(len(weights)), range(1, 1 + len(weights)))
+    axes.set(xlabel='token', ylabel='block', title=title)
+    figure.colorbar(image)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def layers(
+    path: str | pathlib.Path, values: Mapping[str, Sequence[float]], y_title: str, title: str
+) -> None:
+    """Values by layer of the base model.
+
+    Args:
+      path: file to write.
+      values: name of a line -> l numbers.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout='constrained')
+    for name, line in values.items():
+        axes.plot(range(len(line)), line, marker='o', label=name)
+    axes.set(xlabel='layer', ylabel=y_title, title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def scatter(
+    path: str | pathlib.Path,
+    vectors: np.ndarray,
+    groups: Sequence[str],
+    title: str,
+) -> None:
+    """A map of vectors: their two principal components.
+
+    Args:
+      path: file to write.
+      vectors: `[n, d]`.
+      groups: of each vector; a group has a colour and a mark.
+    """
+    centred = vectors - vectors.mean(0)
+    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    x, y = (u * s)[:, :2].T
+    figure, axes = plt.subplots(figsize=(9, 6), layout='constrained')
+    marks = 'osD^v<>PX*'
+    for number, group in enumerate(dict.fromkeys(groups)):
+        own = [g == group for g in groups]
+        colour = plt.get_cmap('tab20')(number % 20)
+        axes.scatter(x[own], y[own], color=colour, marker=marks[number % 10], label=group)
+    axes.set(title=title, xlabel='first component', ylabel='second component')
+    figure.legend(loc='outside right upper', fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)

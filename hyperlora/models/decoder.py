@@ -70,6 +70,17 @@ class SoftTokens:
     groups: jax.Array
 
 
+def prefix(embeddings: jax.Array, length: int) -> SoftTokens:
+    """Embeddings `[b, t, d]` that stand in for the first t tokens of rows of `length` tokens, and
+    are read in their order, as tokens are."""
+    rows, count, _ = embeddings.shape
+    room = (0, length - count)
+    groups = jnp.pad(jnp.arange(1, count + 1), room)
+    return SoftTokens(
+        jnp.pad(embeddings, ((0, 0), room, (0, 0))), jnp.broadcast_to(groups, (rows, length))
+    )
+
+
 Angles = tuple[jax.Array, jax.Array]  # sine and cosine, `[b, s, 1, h / 2]` f32 each
 
 

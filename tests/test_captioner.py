@@ -1,0 +1,125 @@
+"""The captioner: pictures become soft tokens that the frozen model reads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import tiny_base
+from ml_collections import ConfigDict
+from test_pictures import package  # noqa: F401
+
+from configs import captioner as configs
+from d2l import captioner, captions
+from hyperlora import meta_learning, objectives
+from hyperlora.errors import UserError
+from hyperlora.models.decoder import Decoder, prefix
+
+
+@pytest.fixture
+def config(package, tmp_path):  # noqa: F811
+    config = configs.get_config(f'{package.parent},tiny')
+    config.hypernetwork.vision.num_heads = 2
+    config.data.update({'query_tokens': 60, 'answer_tokens': 20})
+    return config
+
+
+def groups(config, seed=0):
+    base = tiny_base()
+    return captions.build(config.data, base, base, seed, 1)
+
+
+def test_words_as_soft_tokens_are_read_as_words():
+    base = tiny_base()
+    tokens = jnp.asarray([[5, 9, 2, 7, 7, 1], [3, 3, 4, 8, 1, 6]])
+    decoder = Decoder(base.config)
+    plain = decoder.apply({'params': base.params}, tokens).hidden
+    words = base.params['embedder']['embedding'][tokens[:, :4]]
+    other = tokens.at[:, :4].set(0)
+    soft = decoder.apply({'params': base.params}, other, soft=prefix(words, 6)).hidden
+    np.testing.assert_array_equal(plain, soft)
+
+
+def test_soft_tokens_are_mixtures_of_words(config):
+    base = tiny_base()
+    built = captioner.build(config.hypernetwork, base, None)
+    params = built.init(jax.random.key(0), base.params)
+    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    soft, shared = built.generate(params, base.params, {'pixels': pixels})
+    words = base.params['embedder']['embedding']
+    before = base.tokenizer.encode(captioner.PREFIX)
+    assert shared is None and soft.shape == (2, len(before) + 4, base.config.width)
+    np.testing.assert_array_equal(soft[0, : len(before)], words[np.asarray(before)])
+    mixed = np.asarray(soft[:, len(before) :], np.float64)
+    # Of 128 words in 32 dimensions: the weights are not unique, but none of them is negative.
+    assert (mixed <= words.max(0) + 1e-5).all() and (mixed >= words.min(0) - 1e-5).all()
+    assert np.abs(mixed[0] - mixed[1]).max() > 1e-4
+    config.hypernetwork.tokens_per_image = 3
+    with pytest.raises(UserError, match='cannot be pooled'):
+        captioner.build(config.hypernetwork, base, None)
+
+
+def test_groups_name_their_pictures(config):
+    base = tiny_base()
+    source = groups(config)
+    group = source[3]
+    again = groups(config)[3]
+    jax.tree.map(np.testing.assert_array_equal, group, again)
+    query = group['query']
+    names = set()
+    for row in range(config.data.pictures):
+        asked = query['label_weights'][row] > 0
+        names.add(base.tokenizer.decode(query['labels'][row][asked]))
+        assert query['label_weights'][row].sum() == pytest.approx(1)
+        # Each label is the token after the place that predicts it.
+        after = query['tokens'][row][query['label_positions'][row][asked][:-1] + 1]
+        np.testing.assert_array_equal(after, query['labels'][row][asked][:-1])
+    assert names == {'red dot', 'blue green dot'}
+    pixels = group['context']['pixels']
+    assert pixels.shape == (4, 16, 16, 3) and -1.01 <= pixels.min() < pixels.max() <= 1.01
+    assert np.ptp(pixels, 0).max() > 0.1  # no two are moved alike
+    config.data.answer_tokens = 10
+    assert {p.name for p, _ in groups(config).pairs} == {'red dot'}
+    config.data.held_out = ('mine',)
+    with pytest.raises(UserError, match='none of 0 pictures'):
+        groups(config)
+
+
+def test_the_loop_teaches_it(config):
+    """Two pictures are told apart after some steps; the base model is left as it is."""
+    base = tiny_base()
+    config.data.pictures = 8
+    source = groups(config)
+    built = captioner.build(config.hypernetwork, base, None)
+    learner = meta_learning.Learner(
+        built,
+        Decoder(base.config),
+        objectives.build(ConfigDict({'name': 'cross_entropy'})),
+        1,
+        optax.adam(3e-3),
+    )
+    state = meta_learning.nn.unbox(learner.init(jax.random.key(0), base.params))
+    step = jax.jit(learner.step)
+    for index in range(150):
+        state, _ = step(
+            state, {'base': base.params}, jax.tree.map(lambda x: x[None], source[index])
+        )
+    # What it learned is what the pictures show.
+    loss = jax.jit(lambda batch: learner.loss(state.params, {'base': base.params}, batch)[0])
+    for index in range(1000, 1003):
+        held = source[index]
+        names = held['query']['labels'][:, 0]
+        others = [np.flatnonzero(names != name)[0] for name in names]
+        other = {'pixels': held['context']['pixels'][others]}
+        assert loss({**held, 'context': other}) > loss(held) + 0.5
+
+
+def test_what_the_config_refuses(tmp_path):
+    for argument in ('', str(tmp_path)):
+        with pytest.raises(UserError, match='folder of the unpacked packages'):
+            configs.get_config(argument)
+
+
+def test_pixels_are_in_range():
+    white = captions.pixels(np.full((5, 7, 3), 255, np.uint8), 16)
+    assert white.shape == (16, 16, 3) and np.allclose(white, 1)
