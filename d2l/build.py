@@ -14,7 +14,9 @@ from hyperlora import lora
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.models.base import BaseModel, abstract_base, load_encoder
+from hyperlora.models.decoder import prefix
 from hyperlora.models.families import DecoderConfig
+from hyperlora.models.vision import MultimodalConfig, soft_tokens
 
 
 def make_module(config: ConfigDict, base: DecoderConfig, encoder: Config) -> DocToLora:
@@ -37,7 +39,9 @@ def make_module(config: ConfigDict, base: DecoderConfig, encoder: Config) -> Doc
 def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -> Hypernetwork:
     """Builds the hypernetwork; `config.encoder.model` reads the documents, or the base itself.
 
-    Contexts are `tokens [n, s]`, `mask [n, s]` and, if the encoder reads images, `pixels`.
+    Contexts are `tokens [n, s]`, `mask [n, s]` and, if the encoder reads images, `pixels [n, i, h,
+    w, 3]` (see `vision.soft_tokens`); or `soft [n, t, d]`, embeddings of the first t tokens, such
+    as those of `d2l.captioner`.
 
     Raises:
       UserError: unknown context encoder, or one with too few layers; unknown target module.
@@ -61,7 +65,14 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
     features = functools.partial(CONTEXT_ENCODERS[name], encoder.config, num_layers=count)
 
     def encode(params, context):
-        return features(params, context['tokens'], context.get('pixels')), context['mask']
+        tokens, soft = context['tokens'], None
+        if 'pixels' in context:
+            if not isinstance(encoder.config, MultimodalConfig):
+                raise UserError('the context encoder reads no images; give a Gemma 3 that does')
+            soft = soft_tokens(encoder.config, params, tokens, context['pixels'])
+        elif 'soft' in context:
+            soft = prefix(context['soft'], tokens.shape[1])
+        return features(params, tokens, soft), context['mask']
 
     example = {'tokens': np.zeros((1, 8), np.int32), 'mask': np.ones((1, 8), bool)}
     return Hypernetwork(module, encoder, encode, example)

@@ -22,12 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from d2l.pictures import PREFIX
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.models.base import BaseModel
 from hyperlora.models.vision import CHANNELS, ImageEncoder, MultimodalConfig, VisionConfig
-
-PREFIX = 'Image:'
 
 
 class Captioner(nn.Module):

@@ -11,13 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from d2l.captioner import PREFIX
-from d2l.pictures import Picture, read
+from d2l.pictures import PREFIX, QUESTION, Picture, read
 from hyperlora.errors import UserError
 from hyperlora.models.base import BaseModel
+from hyperlora.models.images import ImageProcessor
 from hyperlora.models.tokenizers import Tokenizer
 
-QUESTION = 'What is in this image?'
 _MARGIN = 1 / 8  # of a picture's side, by which it is moved or scaled
 
 
@@ -76,33 +75,26 @@ class Captions:
             query['labels'][row, : len(name)] = name
             query['label_positions'][row, : len(name)] = len(self.prompt) - 1 + np.arange(len(name))
             query['label_weights'][row, : len(name)] = 1 / len(name)
-        pixels = np.stack([_moved(rng, picture.pixels, c.image_size) for picture, _ in chosen])
+        process = ImageProcessor(c.image_size)
+        pixels = np.stack([process(_moved(rng, picture.image)) for picture, _ in chosen])
         return {'context': {'pixels': pixels}, 'query': query}
 
 
-def pixels(picture: np.ndarray, size: int) -> np.ndarray:
-    """A picture `[h, w, 3]` uint8 as the captioner reads it, `[size, size, 3]` f32 in -1..1."""
-    image = Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image, np.float32) / 127.5 - 1
-
-
-def _moved(rng: np.random.Generator, picture: np.ndarray, size: int) -> np.ndarray:
-    """As `pixels`, of a random part: of nearly all of the picture, or more than it, on white."""
-    height, width, _ = picture.shape
+def _moved(rng: np.random.Generator, image: Image.Image) -> Image.Image:
+    """A random part of an image, of nearly all of it or more than it, on white; or its mirror."""
+    width, height = image.size
     left, top, right, bottom = rng.uniform(-_MARGIN, _MARGIN, 4) * (width, height, width, height)
-    image = Image.fromarray(picture)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     box = left, top, width + right, height + bottom
-    image = image.transform(
-        (size, size), Image.Transform.EXTENT, box, Image.Resampling.BICUBIC, fillcolor='white'
+    return image.transform(
+        image.size, Image.Transform.EXTENT, box, Image.Resampling.BICUBIC, fillcolor='white'
     )
-    return np.asarray(image, np.float32) / 127.5 - 1
 
 
 def example(config: ConfigDict, base: BaseModel, encoder: BaseModel):
     """A group; see `data.abstract`."""
-    white = Picture('a', '', '', np.full((8, 8, 3), 255, np.uint8))
+    white = Picture('a', '', '', Image.new('RGB', (8, 8), 'white'))
     return Captions([white], base.tokenizer, config, 0, 1)[0]
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hyperlora.errors import UserError
 from hyperlora.models import decoder
+from hyperlora.models.decoder import SoftTokens
 from hyperlora.models.families import DecoderConfig
-from hyperlora.models.vision import MultimodalConfig, soft_tokens
+from hyperlora.models.vision import MultimodalConfig
 
 Config = DecoderConfig | MultimodalConfig
 
@@ -29,7 +29,7 @@ def early_exit(
     config: Config,
     params: Any,
     tokens: jax.Array,
-    pixels: jax.Array | None = None,
+    soft: SoftTokens | None = None,
     *,
     num_layers: int,
 ) -> jax.Array:
@@ -37,28 +37,28 @@ def early_exit(
 
     Args:
       tokens: `[n, s]` int32, padded to the right.
-      pixels: the images of a model that reads some, `[n, i, h, w, 3]`, see `vision.soft_tokens`.
+      soft: stand in for some of the tokens, such as those of images.
     """
-    return _first_layers(config, params, tokens, pixels, num_layers)[0][:, None]
+    return _first_layers(config, params, tokens, soft, num_layers)[0][:, None]
 
 
 def embed_only(
     config: Config,
     params: Any,
     tokens: jax.Array,
-    pixels: jax.Array | None = None,
+    soft: SoftTokens | None = None,
     *,
     num_layers: int = 0,
 ) -> jax.Array:
     """What the first block reads, `[n, 1, s, f]`; `num_layers` plays no part."""
-    return _first_layers(config, params, tokens, pixels, 1)[1].swapaxes(0, 1)
+    return _first_layers(config, params, tokens, soft, 1)[1].swapaxes(0, 1)
 
 
 def per_layer_activations(
     config: Config,
     params: Any,
     tokens: jax.Array,
-    pixels: jax.Array | None = None,
+    soft: SoftTokens | None = None,
     *,
     num_layers: int,
 ) -> jax.Array:
@@ -66,16 +66,11 @@ def per_layer_activations(
 
     The last is taken after the final norm; the last block is never run.
     """
-    hidden, inputs = _first_layers(config, params, tokens, pixels, num_layers - 1)
+    hidden, inputs = _first_layers(config, params, tokens, soft, num_layers - 1)
     return jnp.concatenate([inputs, hidden[None]]).swapaxes(0, 1)
 
 
-def _first_layers(config, params, tokens, pixels, count):
-    soft = None
-    if pixels is not None:
-        if not isinstance(config, MultimodalConfig):
-            raise UserError('the context encoder reads no images; give a Gemma 3 that does')
-        soft = soft_tokens(config, params, tokens, pixels)
+def _first_layers(config, params, tokens, soft, count):
     return decoder.first_layers(text_config(config), params, tokens, count, soft=soft)
 
 

@@ -12,7 +12,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from d2l import files
+from d2l import files, pictures
+from d2l.pictures import PREFIX, QUESTION
 from hyperlora.data import readers
 from hyperlora.errors import UserError
 
@@ -189,6 +190,18 @@ def read_facts(
     return read_facts(count, seed, facts, split)
 
 
+def read_names(path: str) -> Iterator[Document]:
+    """The names in an emoji.json (see `d2l.pictures`) as texts that stand for pictures: each is
+    what `d2l.pictures.QUESTION` asks for. No picture is opened.
+
+    Raises:
+      UserError: not such a folder.
+    """
+    names = dict.fromkeys(entry['name'] for entry in pictures.entries(path))
+    for name in names:
+        yield Document(name, f'{PREFIX} {name}', (Question(QUESTION, (name,)),))
+
+
 READERS: dict[str, Callable[..., Iterable[Document]]] = {
     'squad': read_squad,
     'jsonl': read_jsonl,
@@ -196,6 +209,7 @@ READERS: dict[str, Callable[..., Iterable[Document]]] = {
     'text': read_text,
     'tfds': read_tfds,
     'facts': read_facts,
+    'names': read_names,
 }
 
 

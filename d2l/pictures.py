@@ -13,8 +13,27 @@ from PIL import Image
 
 from hyperlora.data import readers
 from hyperlora.errors import UserError
+from hyperlora.models import images
+
+# How a picture is asked about, and what stands before its tokens and before texts in their place.
+QUESTION = 'What is in this image?'
+PREFIX = 'Image:'
 
 _DIGITS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
+
+# In the order of their WordNet ids, as TFDS numbers them.
+_IMAGENETTE = (
+    'tench',
+    'English springer',
+    'cassette player',
+    'chain saw',
+    'church',
+    'French horn',
+    'garbage truck',
+    'gas pump',
+    'golf ball',
+    'parachute',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +44,33 @@ class Picture:
       name: what it shows, in lower case, such as `red apple`.
       group: of things of a kind, such as `food-fruit`.
       style: who drew it.
-      pixels: `[h, w, 3]` uint8, on white.
+      image: in red, green and blue, on white.
     """
 
     name: str
     group: str
     style: str
-    pixels: np.ndarray
+    image: Image.Image
 
 
-def on_white(image: Image.Image) -> np.ndarray:
-    """Pixels `[h, w, 3]` uint8 of an image that may be transparent."""
-    image = image.convert('RGBA')
-    white = Image.new('RGBA', image.size, 'white')
-    return np.asarray(Image.alpha_composite(white, image).convert('RGB'))
+def entries(path: str) -> list[dict[str, Any]]:
+    """What emoji.json of a package emoji-datasource-VENDOR lists, without flags and variations of
+    skin, in its order; `name` in lower case.
+
+    Raises:
+      UserError: not such a folder.
+    """
+    file = pathlib.Path(path).expanduser() / 'emoji.json'
+    try:
+        found = json.loads(file.read_text(encoding='utf-8'))
+        found = sorted(found, key=lambda entry: entry['sort_order'])
+        return [
+            {**entry, 'name': ' '.join(entry['name'].lower().replace('-', ' ').split())}
+            for entry in found
+            if entry['category'] not in ('Flags', 'Component')
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{path}: no emoji.json of emoji-datasource there ({error!r})') from error
 
 
 def read_emoji(path: str) -> Iterator[Picture]:
@@ -48,40 +80,61 @@ def read_emoji(path: str) -> Iterator[Picture]:
     Raises:
       UserError: not such a folder, or a picture is damaged.
     """
-    folder = pathlib.Path(path).expanduser()
-    vendors = [p.name for p in (folder / 'img').glob('*') if (p / '64').is_dir()]
-    try:
-        entries = json.loads((folder / 'emoji.json').read_text(encoding='utf-8'))
-        entries = sorted(entries, key=lambda entry: entry['sort_order'])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: no emoji.json of emoji-datasource there ({error!r})') from error
+    listed, root = entries(path), pathlib.Path(path).expanduser() / 'img'
+    vendors = [p.name for p in root.glob('*') if (p / '64').is_dir()]
     if not vendors:
         raise UserError(f'{path}: no pictures under img/VENDOR/64')
     for vendor in vendors:
-        for entry in entries:
-            if not entry.get(f'has_img_{vendor}') or entry['category'] in ('Flags', 'Component'):
-                continue
-            file = folder / 'img' / vendor / '64' / entry['image']
-            try:
-                with Image.open(file) as image:
-                    pixels = on_white(image)
-            except (OSError, SyntaxError) as error:
-                raise UserError(f'{file}: not a readable picture ({error})') from error
-            yield Picture(_name(entry), entry['subcategory'], vendor, pixels)
+        for entry in listed:
+            if entry.get(f'has_img_{vendor}'):
+                image = images.read(root / vendor / '64' / entry['image'], on_white=True)
+                yield Picture(entry['name'], entry['subcategory'], vendor, image)
 
 
-def read_digits() -> Iterator[Picture]:
-    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, dark on white."""
+def read_digits(held_out: bool = False) -> Iterator[Picture]:
+    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, dark on white. Each digit is a
+    group.
+
+    Args:
+      held_out: those to test on, the last third; otherwise those to train on.
+    """
     from sklearn import datasets  # of the extra `pictures`
 
     found = datasets.load_digits()
-    for image, label in zip(found.images, found.target, strict=True):
+    pairs = list(zip(found.images, found.target, strict=True))
+    cut = len(pairs) * 2 // 3
+    for image, label in pairs[cut:] if held_out else pairs[:cut]:
         grey = np.round(255 * (1 - image / 16)).astype(np.uint8)
-        pixels = np.repeat(grey[..., None], 3, axis=-1)
-        yield Picture(f'digit {_DIGITS[label]}', 'digit', 'handwriting', pixels)
+        name = f'digit {_DIGITS[label]}'
+        yield Picture(name, name, 'handwriting', Image.fromarray(grey).convert('RGB'))
 
 
-READERS: dict[str, Callable[..., Iterator[Picture]]] = {'emoji': read_emoji, 'digits': read_digits}
+def read_imagenette(
+    split: str = 'validation', name: str = 'imagenette/320px-v2', data_dir: str | None = None
+) -> Iterator[Picture]:
+    """Photographs of ten things, by TFDS; each thing is a group.
+
+    Raises:
+      UserError: not prepared there.
+    """
+    import tensorflow_datasets as tfds  # slow to import
+
+    try:
+        source = tfds.data_source(name, split=split, data_dir=data_dir)
+    except Exception as error:  # whatever a builder raises where it is not prepared
+        raise UserError(
+            f'cannot read the TFDS data set {name!r}, split {split!r}: {error}'
+        ) from error
+    for record in source:
+        label = _IMAGENETTE[int(record['label'])]
+        yield Picture(label, label, 'photograph', Image.fromarray(record['image']).convert('RGB'))
+
+
+READERS: dict[str, Callable[..., Iterator[Picture]]] = {
+    'emoji': read_emoji,
+    'digits': read_digits,
+    'imagenette': read_imagenette,
+}
 
 
 def read(sources: list[dict[str, Any]]) -> list[Picture]:
@@ -97,7 +150,3 @@ def read(sources: list[dict[str, Any]]) -> list[Picture]:
         except ImportError as error:
             raise UserError(f"needs {error.name}: pip install 'hyperlora[pictures]'") from error
     return found
-
-
-def _name(entry: dict[str, Any]) -> str:
-    return ' '.join(entry['name'].lower().replace('-', ' ').split())

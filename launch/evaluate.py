@@ -23,6 +23,7 @@ flags.mark_flags_as_required(['config', 'workdir'])
 # By config.name: a function (config, checkpoint, workdir).
 _EVALUATIONS = {
     'eval_composition': 'd2l.composition:evaluate',
+    'eval_images': 'd2l.image_qa:evaluate',
     'eval_niah': 'd2l.evaluation:evaluate',
     'eval_qa': 'd2l.qa:evaluate',
     'eval_t2l': 't2l.evaluation:evaluate',

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from test_pictures import package  # noqa: F401
 
 from configs import captioner as configs
-from d2l import captioner, captions
+from d2l import captioner, captions, pictures
 from hyperlora import meta_learning, objectives
 from hyperlora.errors import UserError
 from hyperlora.models.decoder import Decoder, prefix
@@ -47,7 +47,7 @@ def test_soft_tokens_are_mixtures_of_words(config):
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     soft, shared = built.generate(params, base.params, {'pixels': pixels})
     words = base.params['embedder']['embedding']
-    before = base.tokenizer.encode(captioner.PREFIX)
+    before = base.tokenizer.encode(pictures.PREFIX)
     assert shared is None and soft.shape == (2, len(before) + 4, base.config.width)
     np.testing.assert_array_equal(soft[0, : len(before)], words[np.asarray(before)])
     mixed = np.asarray(soft[:, len(before) :], np.float64)
@@ -118,8 +118,3 @@ def test_what_the_config_refuses(tmp_path):
     for argument in ('', str(tmp_path)):
         with pytest.raises(UserError, match='folder of the unpacked packages'):
             configs.get_config(argument)
-
-
-def test_pixels_are_in_range():
-    white = captions.pixels(np.full((5, 7, 3), 255, np.uint8), 16)
-    assert white.shape == (16, 16, 3) and np.allclose(white, 1)

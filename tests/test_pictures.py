@@ -39,16 +39,16 @@ def test_emoji(package):
     ]
     wanted = np.full((4, 4, 3), 255)
     wanted[2, 1] = 255, 0, 0
-    np.testing.assert_array_equal(second.pixels, wanted)
+    np.testing.assert_array_equal(second.image, wanted)
 
 
 def test_digits():
     pytest.importorskip('sklearn')
     found = pictures.read([{'reader': 'digits'}])
     assert len(found) == 1797 and len({picture.name for picture in found}) == 10
-    assert found[0].name == 'digit zero' and found[0].pixels.shape == (8, 8, 3)
+    assert found[0].name == 'digit zero' and found[0].image.size == (8, 8)
     # Ink on white: a zero is white in its middle.
-    zeros = np.mean([p.pixels for p in found if p.name == 'digit zero'], 0)
+    zeros = np.mean([np.asarray(p.image) for p in found if p.name == 'digit zero'], 0)
     assert zeros[4, 4].mean() > 200 > 128 > zeros[4, 2].mean()
 
 
@@ -63,5 +63,5 @@ def test_what_is_refused(package, tmp_path):
     with pytest.raises(UserError, match='no emoji.json'):
         read(reader='emoji', path=str(tmp_path / 'none'))
     (package / 'img/mine/64/b.png').write_bytes(b'\x89PNG cut')
-    with pytest.raises(UserError, match='b.png: not a readable picture'):
+    with pytest.raises(UserError, match='b.png as an image'):
         read(reader='emoji', path=str(package))

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
-from conftest import GOLDEN, read_golden
+from conftest import GOLDEN, read_golden, tiny_base, tiny_training
 from PIL import Image
 
 from d2l.context_encoders import early_exit, embed_only, per_layer_activations
-from hyperlora import sharding
+from hyperlora import hypernetwork, sharding
 from hyperlora.errors import UserError
 from hyperlora.models import attention, base, families, vision, weights
 from hyperlora.models.decoder import Decoder, first_layers
@@ -103,11 +103,12 @@ def test_context_features_of_an_image():
     params = weights.from_safetensors(GOLDEN / 'd2l_ctx_gemma3_mm', config, np.float32)
     tokens = arrays['ctx_ids'].astype(np.int32)
     pixels = channels_last(arrays['pixel_values'])[None]
-    features = per_layer_activations(config, params, tokens, pixels, num_layers=4)
+    soft = vision.soft_tokens(config, params, tokens, pixels)
+    features = per_layer_activations(config, params, tokens, soft, num_layers=4)
     close(features, arrays['ctx_features'])
-    last = early_exit(config, params, tokens, pixels, num_layers=3)
+    last = early_exit(config, params, tokens, soft, num_layers=3)
     close(last[:, 0], arrays['ctx_features'][:, -1])
-    first = embed_only(config, params, tokens, pixels)
+    first = embed_only(config, params, tokens, soft)
     close(first[:, 0], arrays['ctx_features'][:, 0])
     unseen = per_layer_activations(config, params, tokens, num_layers=4)
     assert np.abs(unseen - arrays['ctx_features']).max() > 1
@@ -182,16 +183,18 @@ def test_no_gradient_through_the_images(params, inputs):
     tokens, _, pixels = inputs
 
     def loss(p):
-        return per_layer_activations(CONFIG, p, tokens, pixels, num_layers=2).sum()
+        soft = vision.soft_tokens(CONFIG, p, tokens, pixels)
+        return per_layer_activations(CONFIG, p, tokens, soft, num_layers=2).sum()
 
     assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(jax.grad(loss)(params)))
 
 
-def test_images_for_a_model_of_text(params):
+def test_images_for_a_model_of_text():
+    base = tiny_base()
+    built = hypernetwork.build(tiny_training().hypernetwork, base)
+    context = {**built.example, 'pixels': np.zeros((1, 1, 8, 8, 3))}
     with pytest.raises(UserError, match='reads no images'):
-        per_layer_activations(
-            CONFIG.text, params, np.zeros((1, 4), np.int32), np.zeros(1), num_layers=2
-        )
+        built.encode(base.params, context)
 
 
 def test_tokens_around_images():

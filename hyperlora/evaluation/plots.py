@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -174,5 +176,32 @@ def scatter(
         axes.scatter(x[own], y[own], color=colour, marker=marks[number % 10], label=group)
     axes.set(title=title, xlabel='first component', ylabel='second component')
     figure.legend(loc='outside right upper', fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def contact_sheet(
+    path: str | pathlib.Path,
+    images: Sequence[Any],
+    answers: Sequence[str],
+    right: Sequence[bool],
+    columns: int = 8,
+) -> None:
+    """Pictures with what was said about them, a cross before what is wrong.
+
+    Args:
+      path: file to write.
+      images: as matplotlib shows them.
+    """
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.6 * columns, 1.9 * rows), layout='constrained', squeeze=False
+    )
+    for place in axes.flat:
+        place.axis('off')
+    for place, image, answer, is_right in zip(axes.flat, images, answers, right, strict=False):
+        place.imshow(image)
+        text = textwrap.fill(answer, 18) if is_right else f'\u2717 {textwrap.fill(answer, 16)}'
+        place.set_title(text, fontsize=7, color='black' if is_right else 'firebrick')
     figure.savefig(path, dpi=120)
     plt.close(figure)

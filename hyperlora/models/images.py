@@ -83,32 +83,41 @@ class ImageProcessor:
             c['resample'],
         )
 
-    def __call__(self, source: str | Path | bytes) -> np.ndarray:
-        """Pixels `[h, w, 3]` f32 of an image file, given by its path or its contents.
-
-        Grey-scale images become grey colours, transparency is dropped, of an animation the first
-        frame is taken, and the orientation that a camera noted is applied.
-
-        Raises:
-          UserError: the file is missing, not an image, damaged, has more pixels than
-            `PIL.Image.MAX_IMAGE_PIXELS`, or more than 8 bits for each channel.
-        """
-        name = 'the image' if isinstance(source, bytes) else str(source)
-        try:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                _check(image, name)
-                image = ImageOps.exif_transpose(image).convert('RGB')
-        except UserError:
-            raise
-        except Image.DecompressionBombError as e:
-            raise _too_large(name) from e
-        except Image.UnidentifiedImageError as e:
-            raise UserError(f'{name} is not an image; give a PNG or JPEG file') from e
-        except Exception as e:  # decoders raise all kinds, from SyntaxError to struct.error
-            raise UserError(f'cannot read {name} as an image ({e})') from e
+    def __call__(self, source: str | Path | bytes | Image.Image) -> np.ndarray:
+        """Pixels `[h, w, 3]` f32 of an image, or of an image file, see `read`."""
+        image = source if isinstance(source, Image.Image) else read(source)
         image = image.resize((self.size, self.size), self.resample)
         pixels = np.asarray(image, np.float32) * np.float32(self.scale)
         return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+
+def read(source: str | Path | bytes, on_white: bool = False) -> Image.Image:
+    """The image, in red, green and blue, of a file, given by its path or its contents.
+
+    Grey-scale images become grey colours, of an animation the first frame is taken, and the
+    orientation that a camera noted is applied. Transparency is dropped, or there is white behind.
+
+    Raises:
+      UserError: the file is missing, not an image, damaged, has more pixels than
+        `PIL.Image.MAX_IMAGE_PIXELS`, or more than 8 bits for each channel.
+    """
+    name = 'the image' if isinstance(source, bytes) else str(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            _check(image, name)
+            image = ImageOps.exif_transpose(image)
+            if on_white:
+                image = image.convert('RGBA')
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+            return image.convert('RGB')
+    except UserError:
+        raise
+    except Image.DecompressionBombError as e:
+        raise _too_large(name) from e
+    except Image.UnidentifiedImageError as e:
+        raise UserError(f'{name} is not an image; give a PNG or JPEG file') from e
+    except Exception as e:  # decoders raise all kinds, from SyntaxError to struct.error
+        raise UserError(f'cannot read {name} as an image ({e})') from e
 
 
 def _check(image: Image.Image, name: str) -> None:

@@ -1,0 +1,307 @@
+"""Images through text-only weights: a model that never saw one says what it shows.
+
+A hypernetwork that was trained on texts alone reads an image's activations; the text-only base
+model, with that LoRA, is asked what is in the image and chooses among the names of ten things.
+
+Axes: n pictures, o options of each, p tokens of the question with a name, k labels, s tokens of a
+context, d width.
+
+Source: Doc-to-LoRA (arXiv 2602.15902), the experiment with a vision-language model.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from d2l import chunking
+from d2l.pictures import PREFIX, QUESTION, Picture, read
+from hyperlora import lora as lora_lib
+from hyperlora import trained
+from hyperlora.errors import UserError
+from hyperlora.evaluation import plots, record
+from hyperlora.lora import Lora
+from hyperlora.models import vision
+from hyperlora.models.base import MultimodalModel
+from hyperlora.models.decoder import Decoder, prefix
+from hyperlora.models.images import ImageProcessor
+from hyperlora.trained import Trained
+
+_SHEET = 40  # pictures on the contact sheet
+
+
+class ImageInternalizer:
+    """Images -> LoRAs. The context encoder reads them itself, or a captioner gives it soft tokens.
+
+    Attributes:
+      trained: the hypernetwork and its base model.
+    """
+
+    def __init__(self, trained: Trained, captioner: Trained | None = None):
+        """
+        Args:
+          captioner: for a context encoder that reads texts alone.
+
+        Raises:
+          UserError: not a hypernetwork for documents, not a captioner, or nothing that reads
+            images.
+        """
+        trained.require('doc_to_lora')
+        encoder = trained.hypernetwork.encoder
+        self.trained, self.captioner = trained, captioner
+        if captioner is not None:
+            captioner.require('captioner')
+            self._process = ImageProcessor(captioner.config.hypernetwork.vision.image_size)
+            self._soft = jax.jit(lambda *args: captioner.hypernetwork.generate(*args)[0])
+        elif isinstance(encoder, MultimodalModel):
+            self._process = encoder.images
+        else:
+            raise UserError(f'{encoder.name} reads no images; name a captioner')
+        self._generate = jax.jit(trained.hypernetwork.generate)
+
+    def contexts(self, images: Sequence) -> dict[str, jax.Array]:
+        """What the hypernetwork's encoder reads of images (see `ImageProcessor`)."""
+        pixels = np.stack([self._process(image) for image in images])
+        encoder = self.trained.hypernetwork.encoder
+        if self.captioner is None:
+            tokens = vision.tokens_with_images(encoder.config, encoder.tokenizer.encode, ['', ''])
+            rows = np.asarray([tokens] * len(images), np.int32)
+            return {'tokens': rows, 'mask': np.ones(rows.shape, bool), 'pixels': pixels[:, None]}
+        soft = self._soft(self.captioner.params, encoder.params, {'pixels': pixels})
+        shape = soft.shape[:2]
+        return {'tokens': np.zeros(shape, np.int32), 'mask': np.ones(shape, bool), 'soft': soft}
+
+    def texts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """The same of texts."""
+        encode = self.trained.hypernetwork.encoder.tokenizer.encode
+        chunks = [encode(text) for text in texts]
+        tokens, mask = chunking.pad(chunks, -(-max(map(len, chunks)) // 8) * 8)
+        return {'tokens': tokens, 'mask': mask}
+
+    def __call__(self, contexts: dict[str, jax.Array]) -> Lora:
+        """The LoRAs of contexts, a row each."""
+        encoder = self.trained.hypernetwork.encoder
+        chunks, shared = self._generate(self.trained.params, encoder.params, contexts)
+        return chunks if shared is None else lora_lib.concatenate(chunks, shared)
+
+
+@functools.partial(jax.jit, static_argnames='decoder')
+def _log_probs(decoder, params, query, lora, soft):
+    """Mean log-probability of the labels of each row, `[b]`."""
+    hidden = decoder.apply({'params': params}, query['tokens'], lora=lora, soft=soft).hidden
+    hidden = jnp.take_along_axis(hidden, query['label_positions'][..., None], 1)
+
+    def of_label(hidden, label):
+        logits = decoder.apply({'params': params}, hidden, method='unembed')
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], -1)[:, 0]
+
+    found = jax.lax.map(lambda x: of_label(*x), (hidden.swapaxes(0, 1), query['labels'].T)).T
+    return (found * query['label_weights']).sum(1)
+
+
+class Chooser:
+    """The text-only model, choosing among names by their likelihood after the question."""
+
+    def __init__(self, base, names: Sequence[str]):
+        self.base, self._decoder = base, Decoder(base.config)
+        self._ids = {
+            name: [*base.tokenizer.encode(name), base.tokenizer.eos_id] for name in set(names)
+        }
+        self._longest = max(map(len, self._ids.values()))
+
+    def __call__(
+        self,
+        options: Sequence[Sequence[str]],
+        lora: Lora | None = None,
+        soft: jax.Array | None = None,
+    ) -> list[int]:
+        """The likeliest option of each picture, by the mean over its tokens.
+
+        Args:
+          options: n lists of o names.
+          lora: of n rows, or None for the model as it is.
+          soft: `[n, t, d]`, soft tokens before the question.
+        """
+        places = 0 if soft is None else soft.shape[1]
+        prompt = [0] * places + self.base.tokenizer.prompt(QUESTION)
+        rows = [self._ids[name] for names in options for name in names]
+        query = {
+            'tokens': np.zeros((len(rows), len(prompt) + self._longest), np.int32),
+            'labels': np.zeros((len(rows), self._longest), np.int32),
+            'label_positions': np.zeros((len(rows), self._longest), np.int32),
+            'label_weights': np.zeros((len(rows), self._longest), np.float32),
+        }
+        for row, name in enumerate(rows):
+            text = [*prompt, *name[:-1]]
+            query['tokens'][row, : len(text)] = text
+            query['labels'][row, : len(name)] = name
+            query['label_positions'][row, : len(name)] = len(prompt) - 1 + np.arange(len(name))
+            query['label_weights'][row, : len(name)] = 1 / len(name)
+        if soft is not None:
+            soft = prefix(jnp.repeat(soft, len(options[0]), 0), query['tokens'].shape[1])
+        scores = _log_probs(self._decoder, self.base.params, query, lora, soft)
+        return np.asarray(scores).reshape(len(options), -1).argmax(1).tolist()
+
+
+def choose_options(
+    rng: np.random.Generator, pictures: Sequence[Picture], groups: Sequence[str]
+) -> list[list[str]]:
+    """For each picture a name of every group, in their order: its own of its own."""
+    names = {
+        group: sorted({picture.name for picture in pictures if picture.group == group})
+        for group in groups
+    }
+    return [
+        [
+            picture.name
+            if group == picture.group
+            else names[group][rng.integers(len(names[group]))]
+            for group in groups
+        ]
+        for picture in pictures
+    ]
+
+
+def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None:
+    """Scores choices among ten names; writes metrics.json, image_confusion.png and
+    image_sheet.png.
+
+    Methods: `d2l`, with the LoRA of the image; `d2l_other`, of another image; `d2l_shuffled`, of
+    the image's soft tokens in random order and places; `d2l_caption`, of the right name as a text,
+    an upper bound; `captioner`, the vision-language model itself, another one; `no_image`.
+
+    Args:
+      config: see configs/eval_images.py.
+      checkpoint: see `trained.load`.
+      workdir: existing folder to write to; a rerun with the same settings goes on.
+
+    Raises:
+      UserError: a checkpoint or pictures that do not fit.
+    """
+    model = trained.load(checkpoint)
+    captioner = trained.load(config.captioner, model.base) if config.captioner else None
+    internalizer = ImageInternalizer(model, captioner)
+    pictures, groups = _pictures(config)
+    options = choose_options(np.random.default_rng(config.seed), pictures, groups)
+    right = [groups.index(picture.group) for picture in pictures]
+    chooser = Chooser(model.base, [name for names in options for name in names])
+    path = workdir / 'metrics.json'
+    metrics = record.resume(
+        path,
+        {
+            'checkpoint': checkpoint,
+            'weights': record.digest(model.params),
+            'captioner': captioner and record.digest(captioner.params),
+            'groups': groups,
+            'pictures': len(pictures),
+            **{key: config[key] for key in ('style', 'limit', 'seed')},
+        },
+        {'accuracy': {}, 'seconds': {}, 'chosen': {}},
+    )
+    methods = _methods(internalizer, chooser, pictures, options, np.random.default_rng(1))
+    for name, method in methods.items():
+        if name in metrics['accuracy']:
+            continue
+        start, chosen = time.perf_counter(), []
+        for first in range(0, len(pictures), config.batch):
+            # The last batch is filled up: one shape is compiled.
+            rows = np.arange(first, first + config.batch) % len(pictures)
+            chosen += method(rows)
+        chosen = chosen[: len(pictures)]
+        metrics['accuracy'][name] = float(np.mean(np.equal(chosen, right)))
+        metrics['seconds'][name] = (time.perf_counter() - start) / len(pictures)
+        metrics['chosen'][name] = chosen
+        record.write(path, metrics)
+        print(f'{name}: {metrics["accuracy"][name]:.3f} of {len(pictures)}', flush=True)
+    _draw(workdir, metrics['chosen']['d2l'], right, groups, pictures, options)
+
+
+def _methods(
+    internalizer: ImageInternalizer,
+    chooser: Chooser,
+    pictures: Sequence[Picture],
+    options: Sequence[Sequence[str]],
+    rng: np.random.Generator,
+) -> dict[str, Callable[[np.ndarray], list[int]]]:
+    """Name -> (indices of pictures -> indices of the options chosen)."""
+    shift = rng.integers(1, len(pictures), len(pictures))
+
+    def choose(rows, lora=None, soft=None):
+        return chooser([options[row] for row in rows], lora, soft)
+
+    def contexts(rows):
+        return internalizer.contexts([pictures[row].image for row in rows])
+
+    def d2l(rows):
+        return choose(rows, internalizer(contexts(rows)))
+
+    def d2l_other(rows):
+        return choose(rows, internalizer(contexts((rows + shift[rows]) % len(pictures))))
+
+    def d2l_caption(rows):
+        texts = [f'{PREFIX} {pictures[row].name}' for row in rows]
+        return choose(rows, internalizer(internalizer.texts(texts)))
+
+    def d2l_shuffled(rows):
+        found = contexts(rows)
+        first = len(internalizer.captioner.hypernetwork.module.prefix)
+        soft = np.array(found['soft'])
+        for row in soft:
+            rng.shuffle(row[first:])
+        return choose(rows, internalizer({**found, 'soft': soft}))
+
+    def captioner(rows):
+        return choose(rows, None, contexts(rows)['soft'])
+
+    def no_image(rows):
+        return choose(rows)
+
+    found = [d2l, d2l_other, d2l_caption, no_image]
+    if internalizer.captioner is not None:
+        found += [d2l_shuffled, captioner]
+    return {method.__name__: method for method in found}
+
+
+def _pictures(config: ConfigDict) -> tuple[list[Picture], list[str]]:
+    """The pictures of the config, as many of each group, and the groups."""
+    found = [p for p in read(config.sources) if config.style in ('', p.style)]
+    groups = list(config.groups) or list(dict.fromkeys(p.group for p in found))
+    pictures = []
+    for group in groups:
+        own = [picture for picture in found if picture.group == group]
+        if not own:
+            raise UserError(f'no picture of the group {group!r} in the style {config.style!r}')
+        # Spread over the group.
+        count = min(config.limit or len(own), len(own))
+        pictures += [own[i] for i in np.linspace(0, len(own) - 1, count).round().astype(int)]
+    if len(groups) < 2:
+        raise UserError('there must be two groups at least to choose from')
+    return pictures, groups
+
+
+def _draw(workdir, chosen, right, groups, pictures, options) -> None:
+    counts = np.zeros((len(groups), len(groups)))
+    np.add.at(counts, (right, chosen), 1)
+    plots.heat_map(
+        workdir / 'image_confusion.png',
+        counts / counts.sum(1, keepdims=True),
+        groups,
+        [f'{i}' for i in range(1, len(groups) + 1)],
+        'what the image shows',
+        'what was chosen, in the same order',
+        'Images through text-only weights',
+    )
+    some = np.linspace(0, len(pictures) - 1, min(_SHEET, len(pictures))).round().astype(int)
+    plots.contact_sheet(
+        workdir / 'image_sheet.png',
+        [pictures[i].image for i in some],
+        [options[i][chosen[i]] for i in some],
+        [chosen[i] == right[i] for i in some],
+    )
