@@ -84,11 +84,11 @@ def _config(sources: list[dict]) -> ConfigDict:
                 'steps': steps,
                 'sources': sources,
                 'held_out': ('facebook',),
-                'pictures': 32,
+                'pictures': 16,
                 'image_size': size,
                 'tokens_per_image': tokens,
-                'query_tokens': 32,
-                'answer_tokens': 8,
+                'query_tokens': 18,
+                'answer_tokens': 7,
             },
         }
     )

@@ -3,9 +3,10 @@
     python -m launch.generate_data --config=configs/documents.py:READER,PATH --output=DIR
 
 READER,PATH: `squad,FILE`, `jsonl,FILE`, `parquet,PATTERN`, `text,FOLDER`, `tfds,NAME`
-(`d2l.documents.READERS`) or `facts,COUNT`: made-up documents, whose answers are given; with
-`facts,COUNT,SPLIT` those of a split (train, phrasings, attributes). Set config.source.seed and
-facts (such as "(8, 8)").
+(`d2l.documents.READERS`); or, with answers given, `facts,COUNT` (made-up documents; with
+`facts,COUNT,SPLIT` those of a split: train, phrasings, attributes; set source.seed, and
+source.facts as "(8, 8)"), `words,COUNT` (one word each) or `names,PACKAGE` (of pictures, see
+configs/d2l_images.py).
 """
 
 from ml_collections import ConfigDict
@@ -42,6 +43,6 @@ def get_config(argument: str = '') -> ConfigDict:
             },
         }
     )
-    if source['reader'] == 'facts':
+    if source['reader'] in ('facts', 'names', 'words'):
         config.settings.update({'answers': 'given', 'max_answer_tokens': 24, 'entries': 0})
     return config

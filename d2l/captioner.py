@@ -28,6 +28,8 @@ from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.models.base import BaseModel
 from hyperlora.models.vision import CHANNELS, ImageEncoder, MultimodalConfig, VisionConfig
 
+_WORDS = 16_384  # that are mixed: the first, for BPE numbers tokens by how common they are
+
 
 class Captioner(nn.Module):
     """Pictures -> soft tokens.
@@ -55,8 +57,9 @@ class Captioner(nn.Module):
         """
         pixels, words = features
         wanted = ImageEncoder(self.config, name='encoder')(pixels)
-        weights = nn.softmax(jnp.einsum('ntd,vd->ntv', wanted, words).astype(jnp.float32))
-        mixed = jnp.einsum('ntv,vd->ntd', weights.astype(words.dtype), words)
+        common = words[:_WORDS]
+        weights = nn.softmax(jnp.einsum('ntd,vd->ntv', wanted, common).astype(jnp.float32))
+        mixed = jnp.einsum('ntv,vd->ntd', weights.astype(words.dtype), common)
         before = words[jnp.asarray(self.prefix, jnp.int32)]
         before = jnp.broadcast_to(before, (len(mixed), *before.shape))
         return jnp.concatenate([before, mixed], 1), None

@@ -1,4 +1,4 @@
-"""Training data of the captioner: pictures and their names.
+"""Training data of the captioner: pictures and their names, which follow the soft tokens at once.
 
 Axes: n pictures of a group, t tokens, k labels, h and w height and width in pixels.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from d2l.pictures import PREFIX, QUESTION, Picture, read
+from d2l.pictures import PREFIX, Picture, read
 from hyperlora.errors import UserError
 from hyperlora.models.base import BaseModel
 from hyperlora.models.images import ImageProcessor
@@ -37,8 +37,8 @@ class Captions:
         """
         Args:
           config: `image_size`; `tokens_per_image`; `pictures`, of a group; `query_tokens` and
-            `answer_tokens`, room for the question with its soft tokens, and for the name: pictures
-            of longer names are left out.
+            `answer_tokens`, room for the soft tokens with the name, and for the name: pictures of
+            longer names are left out.
 
         Raises:
           UserError: no picture is left.
@@ -46,7 +46,7 @@ class Captions:
         self.config, self.seed = config, seed
         self.length = config.steps * groups_per_step
         soft = len(tokenizer.encode(PREFIX)) + config.tokens_per_image
-        self.prompt = [0] * soft + tokenizer.prompt(QUESTION)
+        self.prompt = [0] * soft + tokenizer.answer_start
         pairs = [(p, [*tokenizer.encode(p.name), tokenizer.eos_id]) for p in pictures]
         room = min(config.answer_tokens, config.query_tokens - len(self.prompt) + 1)
         self.pairs = [(picture, name) for picture, name in pairs if len(name) <= room]

@@ -244,8 +244,9 @@ def _block(teacher, context_tokenizer, documents, settings):
     queries: dict[int, list[tuple[Query, np.ndarray]]] = {}
     for i, opinion in zip(ended, opinions, strict=True):
         number, question = pairs[i]
-        prompt = np.asarray(base.tokenizer.prompt(question.text), np.int32)
-        query = Query(prompt, answers[i], *opinion)
+        text = question.text
+        prompt = base.tokenizer.prompt(text) if text else base.tokenizer.answer_start
+        query = Query(np.asarray(prompt, np.int32), answers[i], *opinion)
         queries.setdefault(number, []).append((query, np.asarray(prompts[i], np.int32)))
     for number, own in queries.items():
         document = documents[number]

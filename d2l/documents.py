@@ -1,7 +1,7 @@
 """Documents with questions, from files of several layouts.
 
-A reader maps a path (for `tfds` a name, for `facts` a number) to documents. What it finds wrong it
-names, with file and line.
+A reader maps a path (for `tfds` a name, for `facts` and `words` a number) to documents. What it
+finds wrong it names, with file and line.
 """
 
 from __future__ import annotations
@@ -9,18 +9,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from d2l import files, pictures
+from d2l import files, haystacks, pictures
 from d2l.pictures import PREFIX, QUESTION
 from hyperlora.data import readers
 from hyperlora.errors import UserError
 
+_LABELS = ('Text:', 'Words:', 'Here:', 'Note:', 'Image:')  # before a word that stands alone
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question and the answers that are accepted; none where they are yet to be generated."""
+    """A question and the answers that are accepted; none where they are yet to be generated. An
+    empty one is not put: the answer comes at once."""
 
     text: str
     answers: tuple[str, ...] = ()
@@ -190,16 +194,38 @@ def read_facts(
     return read_facts(count, seed, facts, split)
 
 
-def read_names(path: str) -> Iterator[Document]:
-    """The names in an emoji.json (see `d2l.pictures`) as texts that stand for pictures: each is
-    what `d2l.pictures.QUESTION` asks for. No picture is opened.
+def read_words(count: int, seed: int = 0) -> Iterator[Document]:
+    """Single words (those of `haystacks.words`), each to be said without being asked. What is
+    learned first, and takes longest, is to carry over any word at all.
+    """
+    words = haystacks.words()
+    rng = random.Random(seed)
+    for number in range(count):
+        word = rng.choice(words)
+        text = f'{rng.choice(_LABELS)} {word}'
+        yield Document(f'words/{seed}/{number}', text, (Question('', (word,)),))
+
+
+def read_names(path: str, asked: bool = True, seed: int = 0) -> Iterator[Document]:
+    """The names in an emoji.json (see `d2l.pictures`) as texts that stand for pictures: the name
+    as it is, and three times its words in any order and number. No picture is opened.
+
+    Args:
+      asked: by `pictures.QUESTION`; otherwise the name is to be said without a question.
 
     Raises:
       UserError: not such a folder.
     """
-    names = dict.fromkeys(entry['name'] for entry in pictures.entries(path))
-    for name in names:
-        yield Document(name, f'{PREFIX} {name}', (Question(QUESTION, (name,)),))
+    rng = random.Random(seed)
+    question = QUESTION if asked else ''
+    for name in dict.fromkeys(entry['name'] for entry in pictures.entries(path)):
+        words = name.split()
+        texts = [name]
+        for _ in range(3):
+            count = rng.randint(max(2, len(words)), max(4, len(words)))
+            texts.append(' '.join(rng.choices(words, k=count)))
+        for number, text in enumerate(texts):
+            yield Document(f'{name}/{number}', f'{PREFIX} {text}', (Question(question, (name,)),))
 
 
 READERS: dict[str, Callable[..., Iterable[Document]]] = {
@@ -210,6 +236,7 @@ READERS: dict[str, Callable[..., Iterable[Document]]] = {
     'tfds': read_tfds,
     'facts': read_facts,
     'names': read_names,
+    'words': read_words,
 }
 
 
@@ -228,12 +255,14 @@ def source(text: str) -> dict[str, Any]:
         reader, path = endings.get(pathlib.Path(text).suffix, ''), text
     if not reader or not path:
         raise UserError(f'name the documents as READER,PATH ({", ".join(READERS)}), not {text!r}')
-    if reader == 'facts':
+    if reader in ('facts', 'words'):
         count, _, split = path.partition(',')
         if not count.isdecimal():
-            raise UserError(f'how many made-up documents? facts,COUNT, not {text!r}')
-        split = split or 'train'
-        return {'reader': reader, 'count': int(count), 'seed': 0, 'facts': (1, 8), 'split': split}
+            raise UserError(f'how many made-up documents? {reader},COUNT, not {text!r}')
+        source = {'reader': reader, 'count': int(count), 'seed': 0}
+        return (
+            source if reader == 'words' else {**source, 'facts': (1, 8), 'split': split or 'train'}
+        )
     return {'reader': reader, 'name' if reader == 'tfds' else 'path': path}
 
 

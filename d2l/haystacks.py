@@ -205,6 +205,14 @@ def data_set_descriptions() -> tuple[str, ...]:
     )
 
 
+@functools.cache
+def words() -> tuple[str, ...]:
+    """The words in small letters of `python_manual` and `data_set_descriptions`, of three letters
+    at least."""
+    text = ' '.join([*python_manual(), *data_set_descriptions()])
+    return tuple(dict.fromkeys(re.findall(r"(?<![\w'])[a-z]{3,}(?![\w'])", text)))
+
+
 def from_file(path: str) -> Haystack:
     """Haystack of a UTF-8 text file or of the paragraphs of a file in SQuAD format.
 

@@ -127,10 +127,12 @@ class Chooser:
         Args:
           options: n lists of o names.
           lora: of n rows, or None for the model as it is.
-          soft: `[n, t, d]`, soft tokens before the question.
+          soft: `[n, t, d]`, soft tokens that are read instead of the question.
         """
-        places = 0 if soft is None else soft.shape[1]
-        prompt = [0] * places + self.base.tokenizer.prompt(QUESTION)
+        tokenizer = self.base.tokenizer
+        prompt = tokenizer.prompt(QUESTION)
+        if soft is not None:  # what the captioner is trained on
+            prompt = [0] * soft.shape[1] + tokenizer.answer_start
         rows = [self._ids[name] for names in options for name in names]
         query = {
             'tokens': np.zeros((len(rows), len(prompt) + self._longest), np.int32),

@@ -1,4 +1,4 @@
-"""Named pictures: emoji as several vendors draw them, and handwritten digits."""
+"""Named pictures: emoji as several vendors draw them, handwritten digits, photographs."""
 
 from __future__ import annotations
 

@@ -47,6 +47,7 @@ class CharTokenizer:
     """One token per ASCII character; an answer ends with token 3."""
 
     eos_id = 3
+    answer_start = [2]
 
     def encode(self, text):
         return list(text.encode('ascii'))

@@ -45,7 +45,9 @@ def test_emoji(package):
 def test_digits():
     pytest.importorskip('sklearn')
     found = pictures.read([{'reader': 'digits'}])
-    assert len(found) == 1797 and len({picture.name for picture in found}) == 10
+    held_out = pictures.read([{'reader': 'digits', 'held_out': True}])
+    assert len(found) == 1198 and len(held_out) == 599
+    assert len({picture.name for picture in found + held_out}) == 10
     assert found[0].name == 'digit zero' and found[0].image.size == (8, 8)
     # Ink on white: a zero is white in its middle.
     zeros = np.mean([np.asarray(p.image) for p in found if p.name == 'digit zero'], 0)
@@ -65,3 +67,15 @@ def test_what_is_refused(package, tmp_path):
     (package / 'img/mine/64/b.png').write_bytes(b'\x89PNG cut')
     with pytest.raises(UserError, match='b.png as an image'):
         read(reader='emoji', path=str(package))
+
+
+def test_imagenette(monkeypatch):
+    import tensorflow_datasets as tfds
+
+    records = [{'label': 9, 'image': np.full((4, 5, 3), 7, np.uint8)}]
+    monkeypatch.setattr(tfds, 'data_source', lambda *_, **__: records)
+    (found,) = pictures.read([{'reader': 'imagenette', 'split': 'validation'}])
+    assert (found.name, found.group, found.image.size) == ('parachute', 'parachute', (5, 4))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match='cannot read the TFDS data set'):
+        pictures.read([{'reader': 'imagenette', 'data_dir': '/nowhere'}])

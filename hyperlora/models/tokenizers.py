@@ -154,6 +154,11 @@ class Tokenizer:
         start, lead, tail, end = self._frames[default_system]
         return [*start, *self.encode(lead + question + tail), *end]
 
+    @property
+    def answer_start(self) -> list[int]:
+        """The tokens [s] between a question and its answer, as `prompt` ends with."""
+        return list(self._frames[False][3])
+
     @functools.cached_property
     def boundaries(self) -> tuple[np.ndarray, np.ndarray]:
         """Where sentences can part: two bool arrays over the vocabulary, [v] each.
