@@ -263,6 +263,8 @@ def source(text: str) -> dict[str, Any]:
         return (
             source if reader == 'words' else {**source, 'facts': (1, 8), 'split': split or 'train'}
         )
+    if reader == 'names':
+        return {'reader': reader, 'path': path, 'asked': True, 'seed': 0}
     return {'reader': reader, 'name' if reader == 'tfds' else 'path': path}
 
 

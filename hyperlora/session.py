@@ -19,13 +19,14 @@ from pathlib import Path
 
 import jax
 
+from d2l.image_qa import ImageInternalizer
 from d2l.internalize import Internalizer
 from d2l.memory import Memory
 from d2l.prompts import in_context_prompt
 from hyperlora import adapters, generation, trained
 from hyperlora import lora as lora_lib
 from hyperlora.lora import Lora
-from hyperlora.models import weights
+from hyperlora.models import images, weights
 from hyperlora.models.base import BaseModel, hf_config, load_base
 from t2l.specialize import Specializer
 
@@ -36,7 +37,8 @@ class Adapter:
 
     Attributes:
       lora: what the base model answers with.
-      metadata: of its file: `base_fingerprint`, `hypernetwork`, and `document_sha256` or `task`.
+      metadata: of its file: `base_fingerprint`, `hypernetwork`, and `document_sha256`,
+        `image_sha256` or `task`.
     """
 
     lora: Lora
@@ -44,25 +46,29 @@ class Adapter:
 
 
 class Session:
-    """A frozen base model with hypernetworks for documents and for tasks, each loaded when it is
-    first needed."""
+    """A frozen base model with hypernetworks for documents, tasks and images, each loaded when it
+    is first needed."""
 
     def __init__(
         self,
         documents: str = 'smollm2-niah',
         tasks: str = 'smollm2-t2l',
+        images: str = 'smollm2-images',
+        captioner: str = 'smollm2-captioner',
         base: str | BaseModel | None = None,
         quantization: str | None = None,
         iterative: bool = False,
     ):
         """
         Args:
-          documents, tasks: checkpoints, see `trained.load`; both for the same base model.
+          documents, tasks, images: checkpoints, see `trained.load`; all for the same base model.
+          captioner: what shows images to the checkpoint `images`; empty if that reads them itself.
           base: that model or its name, if no checkpoint shall say.
           quantization: of the base model, see `load_base`; None for that of the training.
           iterative: internalise with less memory, more slowly.
         """
         self._documents, self._tasks = documents, tasks
+        self._images, self._captioner = images, captioner
         self._quantization, self._iterative = quantization, iterative
         if isinstance(base, str):
             base = load_base(base, quantization=quantization or 'none')
@@ -77,6 +83,12 @@ class Session:
     def specializer(self) -> Specializer:
         """Raises UserError: see `trained.load` and `Specializer`."""
         return Specializer(self._load(self._tasks))
+
+    @functools.cached_property
+    def image_internalizer(self) -> ImageInternalizer:
+        """Raises UserError: see `trained.load` and `ImageInternalizer`."""
+        captioner = self._load(self._captioner) if self._captioner else None
+        return ImageInternalizer(self._load(self._images), captioner)
 
     @property
     def base(self) -> BaseModel:
@@ -99,6 +111,17 @@ class Session:
         lora = self.internalizer(self.tokens(text))
         digest = hashlib.sha256(text.encode()).hexdigest()
         return self._adapter(lora, self._documents, document_sha256=digest)
+
+    def internalize_image(self, image: str | Path | bytes) -> Adapter:
+        """An image (a file, or its contents) -> what the model, which sees none, knows of it.
+
+        Raises:
+          UserError: not an image that can be read; see `images.read`.
+        """
+        image = images.read(image, on_white=True)
+        lora = self.image_internalizer(self.image_internalizer.contexts([image]))
+        digest = hashlib.sha256(image.tobytes()).hexdigest()
+        return self._adapter(lora, self._images, image_sha256=digest)
 
     def specialize(self, description: str) -> Adapter:
         """A task in words -> the model's specialisation to it.

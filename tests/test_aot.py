@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from test_commands import assert_mistake, execute
 
-from configs import d2l_docs, d2l_niah, t2l
+from configs import d2l_docs, d2l_images, d2l_niah, t2l
 from d2l import niah
 from hyperlora import aot, costs, data, meta_learning, sharding, tpus
 from hyperlora.errors import UserError
@@ -22,6 +22,7 @@ from hyperlora.models.base import abstract_base, load_base
 
 PUBLISHED = [
     *((d2l_docs, f'{name},RECORDS') for name in ('gemma2_2b', 'mistral_7b', 'qwen3_4b')),
+    (d2l_images, 'gemma,RECORDS'),
     *((d2l_niah, variant) for variant in ('gemma2_2b', 'mistral_7b', 'qwen3_4b')),
     *((t2l, variant) for variant in ('gemma2_2b', 'mistral_7b', 'llama3_8b')),
 ]

@@ -183,6 +183,27 @@ def test_twenty_at_once(engine, do):
         page.close()
 
 
+def test_images(engine, do, tmp_path, monkeypatch):
+    status = last(do.ask_image, 'a', 'none', None, 'What?', outputs=2)[-1]
+    assert 'choose an image' in status
+    (tmp_path / 'a.png').write_bytes(b'\x89PNG')
+    refused = last(do.ask_image, 'a', 'none', str(tmp_path / 'a.png'), 'What?', outputs=2)[-1]
+    assert 'not offered' in refused
+    (tmp_path / 'b.png').write_bytes(b'a' * (engines.MAX_FILE + 1))
+    status = last(do.ask_image, 'a', 'none', str(tmp_path / 'b.png'), 'What?', outputs=2)[-1]
+    assert 'at most 20 MB' in status
+    adapter = engine.session.internalize(TEXTS[0])
+    monkeypatch.setattr(engine, 'image', lambda *_: adapter)
+    answers = last(do.ask_image, 'a', 'some', 'a.png', 'Who?', outputs=2)[:2]
+    assert answers == (engine.session.ask('Who?', adapter), engine.session.ask('Who?'))
+    assert last(do.keep_image, 'a', 'some', 'a.png', 'cat') == ('Kept as cat; see Adapters.',)
+
+
+def test_warming_up_leaves_no_trace(engine):
+    engine.warm_up()
+    assert not engine._browsers
+
+
 # ---------------------------------------------------------------------------------------- tasks
 
 

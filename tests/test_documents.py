@@ -373,6 +373,18 @@ def test_records_of_given_answers(teacher):
     np.testing.assert_array_equal(query.teacher_ids, ids)
 
 
+def test_words_are_said_without_being_asked(teacher):
+    found = documents.read([documents.source('words,40')])
+    assert found == documents.read([{'reader': 'words', 'count': 40, 'seed': 0}])
+    assert len({d.text for d in found}) > 35 and len({d.text.split()[0] for d in found}) > 2
+    settings = Settings(answers='given', entries=0)
+    made = list(distillation.records(teacher, teacher.base.tokenizer, found, settings))
+    for document, record in zip(found, made, strict=True):
+        (query,) = record.queries
+        assert query.prompt.tolist() == teacher.base.tokenizer.answer_start
+        assert document.text.split()[1] == teacher.base.tokenizer.decode(query.answer)
+
+
 def test_questions_are_found_in_what_the_teacher_writes(teacher, monkeypatch):
     text = '1. Who sings the song?\n- Question 2: Where does it rain so much?\nNo question.\nWhat?'
     monkeypatch.setattr(

@@ -19,7 +19,9 @@ from d2l import documents as documents_lib
 from d2l.image_qa import Chooser, ImageInternalizer
 from hyperlora import hypernetwork, sharding, trained
 from hyperlora.errors import UserError
+from hyperlora.models import images
 from hyperlora.models.decoder import Decoder
+from hyperlora.session import Session
 from hyperlora.trained import Trained
 
 
@@ -55,9 +57,9 @@ def test_soft_tokens_that_are_words_are_read_as_words(model, captioner):
 def test_images_become_different_loras(model, captioner):
     internalizer = ImageInternalizer(model, captioner)
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 255, (9, 7, 3), np.uint8)) for _ in range(2)]
-    both = internalizer(internalizer.contexts(images))
-    alone = internalizer(internalizer.contexts(images[:1]))
+    some = [Image.fromarray(rng.integers(0, 255, (9, 7, 3), np.uint8)) for _ in range(2)]
+    both = internalizer(internalizer.contexts(some))
+    alone = internalizer(internalizer.contexts(some[:1]))
     pair, single = both.pairs['down_proj'], alone.pairs['down_proj']
     np.testing.assert_allclose(pair.b[:, :1], single.b, atol=1e-6)
     assert np.abs(pair.b[:, 0] - pair.b[:, 1]).max() > 1e-4
@@ -154,5 +156,23 @@ def test_no_image_is_seen_in_training(package, tmp_path, monkeypatch):  # noqa: 
         name = record.name.split('/')[0]
         assert set(text.split()[1:]) <= set(name.split())
         assert base.tokenizer.decode(record.queries[0].answer) == name
-    config = d2l_images.get_config('smollm2,RECORDS')
+    config = d2l_images.get_config('smollm2,RECORDS,START')
     assert config.hypernetwork.encoder.model == '' and config.data.name == 'documents'
+
+
+def test_the_way_in_from_python(model, captioner, package, tmp_path, monkeypatch):  # noqa: F811
+    models = {'reader': model, 'shower': captioner}
+    monkeypatch.setattr(trained, 'load', lambda name, *_: models[name])
+    session = Session(images='reader', captioner='shower')
+    path = package / 'img/mine/64/a.png'
+    adapter = session.internalize_image(path)
+    internalizer = ImageInternalizer(model, captioner)
+    direct = internalizer(internalizer.contexts([images.read(path, on_white=True)]))
+    jax.tree.map(np.testing.assert_array_equal, adapter.lora.pairs, direct.pairs)
+    again = session.internalize_image(path.read_bytes())
+    assert again.metadata == adapter.metadata
+    assert adapter.metadata['hypernetwork'] == 'reader' and adapter.metadata['image_sha256']
+    assert isinstance(session.ask(pictures.QUESTION, adapter, 4), str)
+    for content, message in ((b'MZ', 'not an image'), (path.read_bytes()[:60], 'cannot read')):
+        with pytest.raises(UserError, match=message):
+            session.internalize_image(content)

@@ -76,6 +76,12 @@ def test_prompt(tokenizer, question):
     assert tokenizer.decode(short) == f'user\n{question}\nassistant\n'
 
 
+def test_what_an_answer_follows(tokenizer):
+    start = tokenizer.answer_start
+    assert start and tokenizer.prompt('Why?')[-len(start) :] == start
+    assert not set(tokenizer.decode(start, skip_special=False)) & set('?')
+
+
 @pytest.mark.parametrize('question', ['What is 2+2?', '', ' spaced ', '\n\nlines\n', 'emoji 🎉'])
 def test_prompt_has_the_tokens_of_the_whole_rendered_string(tokenizer, question, monkeypatch):
     ids = tokenizer.prompt(question)

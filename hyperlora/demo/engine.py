@@ -30,6 +30,12 @@ _MAX_BROWSERS = 1000
 _EXAMPLE_TOKENS = 10_000  # past SmolLM2's window of 8192
 _USUAL_TOKENS = 2000  # of a document
 _ROWS_AT_ONCE = 32
+# Kind of checkpoint -> what of a session loads it.
+_LOADED = {
+    'documents': 'internalizer',
+    'images': 'image_internalizer',
+    'tasks': 'specializer',
+}
 
 
 @dataclasses.dataclass
@@ -54,11 +60,12 @@ class Browser:
         return sum(x.nbytes for x in loras + [task.lora for task in self.tasks.values()])
 
 
-def shipped(kind: str, *more: str) -> list[str]:
-    """Names of checkpoints that a browser may choose: those given, and shipped ones of a kind."""
+def shipped(kinds: Sequence[str], *more: str) -> list[str]:
+    """Names of checkpoints that a browser may choose: those given, and the shipped ones that
+    configs of these names made."""
     found = []
     for path in sorted(trained.PRETRAINED.glob('*/config.json')):
-        if json.loads(path.read_text())['config']['hypernetwork']['name'] == kind:
+        if json.loads(path.read_text())['config']['name'] in kinds:
             found.append(path.parent.name)
     return list(dict.fromkeys([*more, *found]))
 
@@ -70,14 +77,24 @@ def read_document(text: str, path: str | None) -> tuple[str, str]:
       UserError: it is empty, over `MAX_FILE`, or not a document.
     """
     name = Path(path).name if path else ' '.join(text.split())[:40]
-    size = Path(path).stat().st_size if path else len(text.encode())
-    if size > MAX_FILE:
-        raise UserError(f'{name}: {size / 2**20:.0f} MB are too much; at most 20 MB can be read')
     if path:
-        text = files.text_of(Path(path).read_bytes(), name)
+        text = files.text_of(_content(path), name)
+    else:
+        _check_size(name, len(text.encode()))
     if not text.strip():
         raise UserError('paste a document or choose a file first')
     return name, text
+
+
+def _content(path: str) -> bytes:
+    """Of an uploaded file. Raises UserError if it is over `MAX_FILE`."""
+    _check_size(Path(path).name, Path(path).stat().st_size)
+    return Path(path).read_bytes()
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > MAX_FILE:
+        raise UserError(f'{name}: {size / 2**20:.0f} MB are too much; at most 20 MB can be read')
 
 
 def read_inputs(path: str) -> list[str]:
@@ -109,8 +126,9 @@ class Engine:
         Raises:
           UserError: the first cannot be loaded.
         """
-        self.documents = shipped('doc_to_lora', documents)
-        self.tasks = shipped('text_to_lora', tasks)
+        self.documents = shipped(('d2l_niah', 'd2l_docs'), documents)
+        self.tasks = shipped(('t2l',), tasks)
+        self.images = shipped(('d2l_images',))
         self.lock = threading.RLock()
         self._browsers: collections.OrderedDict[str, Browser] = collections.OrderedDict()
         self._sessions: dict[tuple[str, str], Session] = {}
@@ -127,7 +145,7 @@ class Engine:
             if (kind, checkpoint) not in self._sessions:
                 first = next(iter(self._sessions.values()), None)
                 session = Session(**{kind: checkpoint}, base=first and first.base)
-                _ = session.internalizer if kind == 'documents' else session.specializer
+                getattr(session, _LOADED[kind])
                 self._sessions[kind, checkpoint] = session
             return self._sessions[kind, checkpoint]
 
@@ -225,6 +243,21 @@ class Engine:
         tokenizer = self.session.internalizer.trained.hypernetwork.encoder.tokenizer
         number, tokens = niah.hide(tokenizer, tokens, seed)
         return tokenizer.decode(tokens), niah.QUESTION, number
+
+    # ---- images
+
+    def image(self, checkpoint: str, path: str | None) -> Adapter:
+        """The LoRA of an uploaded image.
+
+        Raises:
+          UserError: there is none, or it is too large or not an image.
+        """
+        if not path:
+            raise UserError('choose an image first')
+        content = _content(path)
+        session = self._load('images', checkpoint)
+        with self.lock:
+            return session.internalize_image(content)
 
     # ---- tasks
 

@@ -1,4 +1,4 @@
-"""The page: tabs for documents, tasks and adapters.
+"""The page: tabs for documents, tasks, images and adapters.
 
 Every text of a user's stands in a text box or a label, never in Markdown or HTML; what went wrong
 is said in the status line of its tab. Handlers yield the values of their outputs and a status.
@@ -16,6 +16,7 @@ from pathlib import Path
 import gradio as gr
 from absl import logging
 
+from d2l.pictures import QUESTION
 from hyperlora.demo import engine as engines
 from hyperlora.demo.engine import Engine
 from hyperlora.demo.shelf import Shelf
@@ -117,6 +118,17 @@ class Handlers:
     def keep_task(self, me, checkpoint, description, name):
         adapter = self.engine.task(me, checkpoint, description)
         self.shelf.keep(name, adapter, self.engine.session)
+        yield (f'Kept as {name.strip()}; see Adapters.',)
+
+    # ---- images
+
+    def ask_image(self, me, checkpoint, path, question):
+        """Yields (answer with the image, answer without, status)."""
+        adapter = self.engine.image(checkpoint, path)
+        yield from self._answers((question, adapter), (question, None))
+
+    def keep_image(self, me, checkpoint, path, name):
+        self.shelf.keep(name, self.engine.image(checkpoint, path), self.engine.session)
         yield (f'Kept as {name.strip()}; see Adapters.',)
 
     # ---- adapters
@@ -227,7 +239,7 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
             return gr.Textbox(label=label, interactive=False, **more)
 
         gr.Markdown(
-            '# HyperLoRA\nA document or a description of a task becomes a LoRA in one forward pass.'
+            '# HyperLoRA\nA document, a picture or a sentence about a task becomes a LoRA at once.'
         )
         with gr.Tab('Document'):
             reader = gr.Dropdown(engine.documents, label='Weights that read documents')
@@ -313,6 +325,24 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
                 on(trigger, do.ask_task, [*about, given], three, task_status)
             on(many.click, do.ask_table, [*about, table], [table_out], task_status)
             on(task_keep.click, do.keep_task, [*about, task_name], [], task_status)
+
+        with gr.Tab('Image', visible=bool(engine.images)):
+            looker = gr.Dropdown(engine.images, label='Weights that read images')
+            image = gr.Image(type='filepath', label='An image, at most 20 MB', sources=['upload'])
+            about_image = gr.Textbox(QUESTION, label='Question about the image')
+            ask_image = gr.Button('Ask the model, which sees no images', variant='primary')
+            image_status = box('Status of the image', lines=2)
+            with gr.Row():
+                seen = [
+                    box('Answer with the image', lines=3, min_width=280),
+                    box('Answer without it', lines=3, min_width=280),
+                ]
+            with gr.Row():
+                image_name = gr.Textbox(label='Name to keep the LoRA of the image under')
+                image_keep = gr.Button('Keep the LoRA of the image')
+            for trigger in (ask_image.click, about_image.submit):
+                on(trigger, do.ask_image, [looker, image, about_image], seen, image_status)
+            on(image_keep.click, do.keep_image, [looker, image, image_name], [], image_status)
 
         with gr.Tab('Adapters') as tab:
             gr.Markdown('Everyone who may use this page sees the adapters that are kept here.')

@@ -42,9 +42,11 @@ class Shelf:
             size = sum(path.stat().st_size for path in (self.folder / name).iterdir())
         except Exception:  # of a damaged file, which must not hide the others
             return [name, 'damaged', '', '', '']
-        kind = next((key for key in ('documents', 'task') if key in about), 'uploaded')
+        kind = next(
+            (key for key in ('documents', 'image_sha256', 'task') if key in about), 'uploaded'
+        )
         made = datetime.datetime.fromtimestamp((self.folder / name).stat().st_mtime)
-        what = f'{kind}: {about[kind]}' if kind in about else kind
+        what = f'{kind.removesuffix("_sha256")}: {about[kind]}' if kind in about else kind
         weights = about.get('hypernetwork', '')
         return [name, what, weights, f'{made:%Y-%m-%d %H:%M}', f'{size / 1e6:.1f}']
 

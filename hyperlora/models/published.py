@@ -39,6 +39,25 @@ MODELS = {
             'head_dim': 256,
         },
     ),
+    'gemma3_4b': Published(  # its text decoder
+        'google/gemma-3-4b-it',
+        {
+            'model_type': 'gemma3_text',
+            'vocab_size': 262208,
+            'hidden_size': 2560,
+            'intermediate_size': 10240,
+            'num_hidden_layers': 34,
+            'num_attention_heads': 8,
+            'num_key_value_heads': 4,
+            'head_dim': 256,
+            'query_pre_attn_scalar': 256,
+            'max_position_embeddings': 131072,
+            'sliding_window': 1024,
+            'rope_theta': 1e6,
+            'rope_local_base_freq': 1e4,
+            'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
+        },
+    ),
     'mistral_7b': Published(
         'mistralai/Mistral-7B-Instruct-v0.2',
         {
