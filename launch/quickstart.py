@@ -1,12 +1,10 @@
 """A frozen model learns a document, and tasks, in one forward pass each.
 
     python -m launch.quickstart [--document=FILE --question=TEXT] [--task=TEXT --input=TEXT]
-        [--image=FILE]
 
 Doc-to-LoRA: hides a number in a document longer than the base model's window, internalises it, and
 asks. Text-to-LoRA: describes tasks, and answers inputs of them. With --document and --question, or
---task and --input, the same is done for yours. With --image the model, which has only ever read
-texts, says what an image shows.
+--task and --input, the same is done for yours.
 """
 
 import time
@@ -14,7 +12,6 @@ import time
 from absl import flags
 
 from d2l import files
-from d2l.pictures import QUESTION
 from hyperlora.errors import UserError
 from launch import cli
 
@@ -28,7 +25,6 @@ _DOCUMENT = flags.DEFINE_string('document', None, 'Text, Markdown, HTML or PDF.'
 _QUESTION = flags.DEFINE_string('question', None, 'What to ask about the document.')
 _TASK = flags.DEFINE_string('task', None, 'Description of a task.')
 _INPUT = flags.DEFINE_multi_string('input', None, 'Input of that task; may be given repeatedly.')
-_IMAGE = flags.DEFINE_string('image', None, 'PNG, JPEG, GIF or WebP.')
 _SEED = flags.DEFINE_integer(
     'seed', None, 'Of the number and its place; default: the clock.', lower_bound=0
 )
@@ -85,14 +81,6 @@ def specialise(session, task, inputs):
         print('{:24}{:32}{}'.format(*row), flush=True)
 
 
-def look(session, path):
-    """Asks what an image shows, with its LoRA and without."""
-    adapter = session.internalize_image(path)
-    print(f'\n{path}: {QUESTION}')
-    for name, made in (('internalised (LoRA)', adapter), ('nowhere', None)):
-        print(f'{name:26}{" ".join(session.ask(QUESTION, made, 16).split())}', flush=True)
-
-
 def main(_):
     if (_DOCUMENT.value is None) != (_QUESTION.value is None):
         raise UserError('--document and --question belong together: give both or neither')
@@ -120,8 +108,6 @@ def main(_):
         specialise(session, task, inputs)
     if _TASK.value is not None:
         specialise(session, _TASK.value, _INPUT.value)
-    if _IMAGE.value is not None:
-        look(session, _IMAGE.value)
 
 
 if __name__ == '__main__':

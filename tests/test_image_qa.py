@@ -16,7 +16,8 @@ from configs import captioner as captioner_config
 from configs import d2l_images, documents
 from d2l import distillation, image_qa, pictures
 from d2l import documents as documents_lib
-from d2l.image_qa import Chooser, ImageInternalizer
+from d2l.image_internalizer import ImageInternalizer
+from d2l.image_qa import Chooser
 from hyperlora import hypernetwork, sharding, trained
 from hyperlora.errors import UserError
 from hyperlora.models import images
