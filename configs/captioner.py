@@ -87,7 +87,7 @@ def _config(sources: list[dict]) -> ConfigDict:
                 'pictures': 16,
                 'image_size': size,
                 'tokens_per_image': tokens,
-                'query_tokens': 18,
+                'query_tokens': 40,
                 'answer_tokens': 7,
             },
         }

@@ -28,6 +28,8 @@ from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.models.base import BaseModel
 from hyperlora.models.vision import CHANNELS, ImageEncoder, MultimodalConfig, VisionConfig
 
+# Without them SmolLM2 does not repeat even a name that it reads as words.
+SHOTS = 'Image: dog\nCaption: dog\nImage: red car\nCaption: red car\n'
 _WORDS = 16_384  # that are mixed: the first, for BPE numbers tokens by how common they are
 
 
@@ -35,8 +37,7 @@ class Captioner(nn.Module):
     """Pictures -> soft tokens.
 
     Attributes:
-      prefix: p tokens that stand before those of the picture. What stands first is lost: models
-        look there when they look nowhere.
+      prefix: p tokens that stand before those of the picture: `SHOTS` and `pictures.PREFIX`.
     """
 
     config: MultimodalConfig
@@ -86,5 +87,6 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
 
     size = vision.image_size
     example = {'pixels': np.zeros((1, size, size, CHANNELS), np.float32)}
-    module = Captioner(whole, tuple(base.tokenizer.encode(PREFIX)))
+    encode_text = base.tokenizer.encode
+    module = Captioner(whole, (*encode_text(SHOTS), *encode_text(PREFIX)))
     return Hypernetwork(module, base, encode, example)

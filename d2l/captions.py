@@ -1,4 +1,4 @@
-"""Training data of the captioner: pictures and their names, which follow the soft tokens at once.
+"""Training data of the captioner: pictures and their names.
 
 Axes: n pictures of a group, t tokens, k labels, h and w height and width in pixels.
 """
@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from d2l.captioner import SHOTS
 from d2l.pictures import PREFIX, Picture, read
 from hyperlora.errors import UserError
 from hyperlora.models.base import BaseModel
@@ -18,6 +19,16 @@ from hyperlora.models.images import ImageProcessor
 from hyperlora.models.tokenizers import Tokenizer
 
 _MARGIN = 1 / 8  # of a picture's side, by which it is moved or scaled
+
+
+def prompt(tokenizer: Tokenizer, soft: int) -> list[int]:
+    """Tokens of a row up to the name; the first ones stand for so many soft tokens."""
+    return [0] * soft + tokenizer.encode('\nCaption:')
+
+
+def answer(tokenizer: Tokenizer, name: str) -> list[int]:
+    """Tokens of a name, with the end of its line."""
+    return tokenizer.encode(f' {name}\n')
 
 
 class Captions:
@@ -45,9 +56,9 @@ class Captions:
         """
         self.config, self.seed = config, seed
         self.length = config.steps * groups_per_step
-        soft = len(tokenizer.encode(PREFIX)) + config.tokens_per_image
-        self.prompt = [0] * soft + tokenizer.answer_start
-        pairs = [(p, [*tokenizer.encode(p.name), tokenizer.eos_id]) for p in pictures]
+        before = len(tokenizer.encode(SHOTS)) + len(tokenizer.encode(PREFIX))
+        self.prompt = prompt(tokenizer, before + config.tokens_per_image)
+        pairs = [(picture, answer(tokenizer, picture.name)) for picture in pictures]
         room = min(config.answer_tokens, config.query_tokens - len(self.prompt) + 1)
         self.pairs = [(picture, name) for picture, name in pairs if len(name) <= room]
         if not self.pairs:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from d2l import chunking
+from d2l.captioner import SHOTS
 from hyperlora import lora as lora_lib
 from hyperlora.errors import UserError
 from hyperlora.lora import Lora
@@ -54,15 +55,21 @@ class ImageInternalizer:
 
     def contexts(self, images: Sequence[Image.Image]) -> dict[str, jax.Array]:
         """What the hypernetwork's encoder reads of images (see `ImageProcessor`)."""
-        pixels = np.stack([self._process(image) for image in images])
         encoder = self.trained.hypernetwork.encoder
         if self.captioner is None:
+            pixels = np.stack([self._process(image) for image in images])
             tokens = vision.tokens_with_images(encoder.config, encoder.tokenizer.encode, ['', ''])
             rows = np.asarray([tokens] * len(images), np.int32)
             return {'tokens': rows, 'mask': np.ones(rows.shape, bool), 'pixels': pixels[:, None]}
-        soft = self._soft(self.captioner.params, encoder.params, {'pixels': pixels})
+        soft = self.soft_tokens(images)[:, len(encoder.tokenizer.encode(SHOTS)) :]
         shape = soft.shape[:2]
         return {'tokens': np.zeros(shape, np.int32), 'mask': np.ones(shape, bool), 'soft': soft}
+
+    def soft_tokens(self, images: Sequence[Image.Image]) -> jax.Array:
+        """What the captioner makes of images, `[n, t, d]`."""
+        pixels = np.stack([self._process(image) for image in images])
+        encoder = self.trained.hypernetwork.encoder
+        return self._soft(self.captioner.params, encoder.params, {'pixels': pixels})
 
     def texts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """The same of texts."""

@@ -21,12 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from d2l import captions
 from d2l.image_internalizer import ImageInternalizer
 from d2l.pictures import PREFIX, QUESTION, Picture, read
 from hyperlora import trained
 from hyperlora.errors import UserError
 from hyperlora.evaluation import plots, record
 from hyperlora.lora import Lora
+from hyperlora.models.base import BaseModel
 from hyperlora.models.decoder import Decoder, prefix
 
 _SHEET = 40  # pictures on the contact sheet
@@ -49,12 +51,14 @@ def _log_probs(decoder, params, query, lora, soft):
 class Chooser:
     """The text-only model, choosing among names by their likelihood after the question."""
 
-    def __init__(self, base, names: Sequence[str]):
+    def __init__(self, base: BaseModel, names: Sequence[str]):
         self.base, self._decoder = base, Decoder(base.config)
-        self._ids = {
-            name: [*base.tokenizer.encode(name), base.tokenizer.eos_id] for name in set(names)
-        }
-        self._longest = max(map(len, self._ids.values()))
+        tokenizer = base.tokenizer
+        # Names with an end of a turn after them, and as captions.
+        self._said = {name: [*tokenizer.encode(name), tokenizer.eos_id] for name in set(names)}
+        self._captions = {name: captions.answer(tokenizer, name) for name in set(names)}
+        both = [*self._said.values(), *self._captions.values()]
+        self._longest = max(map(len, both))
 
     def __call__(
         self,
@@ -67,13 +71,14 @@ class Chooser:
         Args:
           options: n lists of o names.
           lora: of n rows, or None for the model as it is.
-          soft: `[n, t, d]`, soft tokens that are read instead of the question.
+          soft: `[n, t, d]`, a captioner's soft tokens, which are read instead of the question.
         """
         tokenizer = self.base.tokenizer
-        prompt = tokenizer.prompt(QUESTION)
-        if soft is not None:  # what the captioner is trained on
-            prompt = [0] * soft.shape[1] + tokenizer.answer_start
-        rows = [self._ids[name] for names in options for name in names]
+        if soft is None:
+            prompt, ids = tokenizer.prompt(QUESTION), self._said
+        else:
+            prompt, ids = captions.prompt(tokenizer, soft.shape[1]), self._captions
+        rows = [ids[name] for names in options for name in names]
         query = {
             'tokens': np.zeros((len(rows), len(prompt) + self._longest), np.int32),
             'labels': np.zeros((len(rows), self._longest), np.int32),
@@ -193,14 +198,15 @@ def _methods(
 
     def d2l_shuffled(rows):
         found = contexts(rows)
-        first = len(internalizer.captioner.hypernetwork.module.prefix)
+        first = len(internalizer.trained.base.tokenizer.encode(PREFIX))
         soft = np.array(found['soft'])
         for row in soft:
             rng.shuffle(row[first:])
         return choose(rows, internalizer({**found, 'soft': soft}))
 
     def captioner(rows):
-        return choose(rows, None, contexts(rows)['soft'])
+        soft = internalizer.soft_tokens([pictures[row].image for row in rows])
+        return choose(rows, None, soft)
 
     def no_image(rows):
         return choose(rows)

@@ -20,7 +20,7 @@ from hyperlora.models.decoder import Decoder, prefix
 def config(package, tmp_path):  # noqa: F811
     config = configs.get_config(f'{package.parent},tiny')
     config.hypernetwork.vision.num_heads = 2
-    config.data.update({'query_tokens': 60, 'answer_tokens': 20})
+    config.data.update({'query_tokens': 110, 'answer_tokens': 20})
     return config
 
 
@@ -47,7 +47,7 @@ def test_soft_tokens_are_mixtures_of_words(config):
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     soft, shared = built.generate(params, base.params, {'pixels': pixels})
     words = base.params['embedder']['embedding']
-    before = base.tokenizer.encode(pictures.PREFIX)
+    before = [*base.tokenizer.encode(captioner.SHOTS), *base.tokenizer.encode(pictures.PREFIX)]
     assert shared is None and soft.shape == (2, len(before) + 4, base.config.width)
     np.testing.assert_array_equal(soft[0, : len(before)], words[np.asarray(before)])
     mixed = np.asarray(soft[:, len(before) :], np.float64)
@@ -74,7 +74,7 @@ def test_groups_name_their_pictures(config):
         # Each label is the token after the place that predicts it.
         after = query['tokens'][row][query['label_positions'][row][asked][:-1] + 1]
         np.testing.assert_array_equal(after, query['labels'][row][asked][:-1])
-    assert names == {'red dot', 'blue green dot'}
+    assert names == {' red dot\n', ' blue green dot\n'}
     pixels = group['context']['pixels']
     assert pixels.shape == (4, 16, 16, 3) and -1.01 <= pixels.min() < pixels.max() <= 1.01
     assert np.ptp(pixels, 0).max() > 0.1  # no two are moved alike
@@ -108,7 +108,7 @@ def test_the_loop_teaches_it(config):
     loss = jax.jit(lambda batch: learner.loss(state.params, {'base': base.params}, batch)[0])
     for index in range(1000, 1003):
         held = source[index]
-        names = held['query']['labels'][:, 0]
+        names = held['query']['labels'][:, 1]  # the first is a space
         others = [np.flatnonzero(names != name)[0] for name in names]
         other = {'pixels': held['context']['pixels'][others]}
         assert loss({**held, 'context': other}) > loss(held) + 0.5

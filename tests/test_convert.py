@@ -26,6 +26,7 @@ from hyperlora import lora as lora_lib
 from hyperlora.errors import UserError
 from hyperlora.models.base import load_params
 from hyperlora.models.decoder import Decoder
+from hyperlora.models.vision import soft_tokens
 from hyperlora.upstream import convert
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -166,12 +167,10 @@ def test_doc_to_lora_of_an_image(monkeypatch):
     decoder, reader = load_params(base)[:2], load_params(encoder, images=True)[:2]
     config = ConfigDict(record['config']['hypernetwork'])
     module = d2l.build.make_module(config, decoder[0], reader[0])
-    features = per_layer_activations(
-        *reader,
-        arrays['ctx_ids'].astype(np.int32),
-        arrays['pixel_values'].transpose(0, 2, 3, 1)[:, None],
-        num_layers=decoder[0].num_layers,
-    )
+    tokens = arrays['ctx_ids'].astype(np.int32)
+    pixels = arrays['pixel_values'].transpose(0, 2, 3, 1)[:, None]
+    soft = soft_tokens(*reader, tokens, pixels)
+    features = per_layer_activations(*reader, tokens, soft, num_layers=decoder[0].num_layers)
     close(features, arrays['ctx_features'], 2e-5)
     mask = np.ones(arrays['ctx_ids'].shape, bool)
     own, shared = jax.jit(module.apply)({'params': params}, features, mask)

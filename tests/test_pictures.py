@@ -65,7 +65,7 @@ def test_what_is_refused(package, tmp_path):
     with pytest.raises(UserError, match='no emoji.json'):
         read(reader='emoji', path=str(tmp_path / 'none'))
     (package / 'img/mine/64/b.png').write_bytes(b'\x89PNG cut')
-    with pytest.raises(UserError, match='b.png as an image'):
+    with pytest.raises(UserError, match='b.png is not an image'):
         read(reader='emoji', path=str(package))
 
 
@@ -76,6 +76,10 @@ def test_imagenette(monkeypatch):
     monkeypatch.setattr(tfds, 'data_source', lambda *_, **__: records)
     (found,) = pictures.read([{'reader': 'imagenette', 'split': 'validation'}])
     assert (found.name, found.group, found.image.size) == ('parachute', 'parachute', (5, 4))
-    monkeypatch.undo()
-    with pytest.raises(UserError, match='cannot read the TFDS data set'):
-        pictures.read([{'reader': 'imagenette', 'data_dir': '/nowhere'}])
+
+    def missing(*_, **__):
+        raise FileNotFoundError('not prepared')
+
+    monkeypatch.setattr(tfds, 'data_source', missing)
+    with pytest.raises(UserError, match='cannot read the TFDS data set .*not prepared'):
+        pictures.read([{'reader': 'imagenette'}])
