@@ -3,7 +3,7 @@
     python -m launch.train --config=configs/d2l_images.py:words,WORDS --workdir=DIR1
     python -m launch.train --config=configs/d2l_images.py:names,NAMES,DIR1 --workdir=DIR2
     python -m launch.train --config=configs/d2l_images.py:smollm2,ASKED,DIR2 --workdir=DIR3
-    python -m launch.train --config=configs/d2l_images.py:gemma,RECORDS --config.base=GEMMA2 \
+    python -m launch.train --config=configs/d2l_images.py:gemma,RECORDS --config.base=GEMMA2 \\
         --config.hypernetwork.encoder.model=GEMMA3 --workdir=DIR
 
 WORDS, NAMES and ASKED are what launch.generate_data makes of configs/documents.py:words,COUNT and

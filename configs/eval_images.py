@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from hyperlora.errors import UserError
 
-# Of the pictures that a vendor draws, ten kinds of things; 216 pictures of facebook's.
+# Of the pictures that a vendor draws, ten kinds of things.
 GROUPS = (
     'animal-mammal',
     'animal-bird',
