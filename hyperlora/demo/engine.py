@@ -235,7 +235,7 @@ class Engine:
         for _ in self.ask((question, adapter), (question, None)):
             pass
         with self.lock:
-            del self._browsers[me]
+            self._browsers.pop(me, None)
 
     def example(self, seed: int, tokens: int = _EXAMPLE_TOKENS) -> tuple[str, str, str]:
         """(document, question, answer): a number in, by default, more text than fits into the

@@ -389,8 +389,9 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
             for trigger in (brought.success, tab.select):
                 trigger(relist, None, lists, queue=False, api_visibility='private')
 
+        # Through the queue: only there is a change of `changed` noticed.
         page.load(None, me, me, js=_NEW_ID).then(
-            lambda: secrets.token_hex(4), None, changed, queue=False, api_visibility='private'
+            lambda: secrets.token_hex(4), None, changed, api_visibility='private'
         )
     return page
 
