@@ -13,6 +13,7 @@ from PIL import Image
 
 from d2l.captioner import SHOTS
 from d2l.pictures import PREFIX, Picture, read
+from hyperlora.data import packing
 from hyperlora.errors import UserError
 from hyperlora.models.base import BaseModel
 from hyperlora.models.images import ImageProcessor
@@ -62,7 +63,7 @@ class Captions:
         room = min(config.answer_tokens, config.query_tokens - len(self.prompt) + 1)
         self.pairs = [(picture, name) for picture, name in pairs if len(name) <= room]
         if not self.pairs:
-            raise UserError(f'none of {len(pairs)} pictures has a name of fewer than {room} tokens')
+            raise UserError(f'none of {len(pairs)} pictures has a name of at most {room} tokens')
 
     def __len__(self) -> int:
         return self.length
@@ -72,20 +73,8 @@ class Captions:
         c = self.config
         rng = np.random.default_rng((self.seed, index))
         chosen = [self.pairs[i] for i in rng.choice(len(self.pairs), c.pictures)]
-        query = {
-            'tokens': np.zeros((c.pictures, c.query_tokens), np.int32),
-            **{
-                key: np.zeros((c.pictures, c.answer_tokens), np.int32)
-                for key in ('labels', 'label_positions')
-            },
-            'label_weights': np.zeros((c.pictures, c.answer_tokens), np.float32),
-        }
-        for row, (_, name) in enumerate(chosen):
-            text = [*self.prompt, *name[:-1]]
-            query['tokens'][row, : len(text)] = text
-            query['labels'][row, : len(name)] = name
-            query['label_positions'][row, : len(name)] = len(self.prompt) - 1 + np.arange(len(name))
-            query['label_weights'][row, : len(name)] = 1 / len(name)
+        rows = ((self.prompt, name) for _, name in chosen)
+        query = packing.unpacked(rows, c.query_tokens, c.answer_tokens)
         process = ImageProcessor(c.image_size)
         pixels = np.stack([process(_moved(rng, picture.image)) for picture, _ in chosen])
         return {'context': {'pixels': pixels}, 'query': query}

@@ -149,17 +149,9 @@ def read_tfds(name: str, split: str = 'train', data_dir: str | None = None) -> I
     Raises:
       UserError: not there, or not of that kind.
     """
-    import tensorflow_datasets as tfds  # slow to import
-
-    try:
-        source = tfds.data_source(name, split=split, data_dir=data_dir)
-    except Exception as error:  # whatever a builder raises where it is not prepared
-        raise UserError(
-            f'cannot read the TFDS data set {name!r}, split {split!r}: {error}'
-        ) from error
     # Questions about one context follow each other.
     context, number, questions = None, 0, []
-    for record in source:
+    for record in readers.tfds_source(name, split, data_dir):
         try:
             text = (record['context'] if 'context' in record else record['passage']).decode()
             answers = record['answers']['text'] if 'answers' in record else [record['answer']]

@@ -25,6 +25,7 @@ from d2l import captions
 from d2l.image_internalizer import ImageInternalizer
 from d2l.pictures import PREFIX, QUESTION, Picture, read
 from hyperlora import trained
+from hyperlora.data import packing
 from hyperlora.errors import UserError
 from hyperlora.evaluation import plots, record
 from hyperlora.lora import Lora
@@ -78,19 +79,8 @@ class Chooser:
             prompt, ids = tokenizer.prompt(QUESTION), self._said
         else:
             prompt, ids = captions.prompt(tokenizer, soft.shape[1]), self._captions
-        rows = [ids[name] for names in options for name in names]
-        query = {
-            'tokens': np.zeros((len(rows), len(prompt) + self._longest), np.int32),
-            'labels': np.zeros((len(rows), self._longest), np.int32),
-            'label_positions': np.zeros((len(rows), self._longest), np.int32),
-            'label_weights': np.zeros((len(rows), self._longest), np.float32),
-        }
-        for row, name in enumerate(rows):
-            text = [*prompt, *name[:-1]]
-            query['tokens'][row, : len(text)] = text
-            query['labels'][row, : len(name)] = name
-            query['label_positions'][row, : len(name)] = len(prompt) - 1 + np.arange(len(name))
-            query['label_weights'][row, : len(name)] = 1 / len(name)
+        rows = ((prompt, ids[name]) for names in options for name in names)
+        query = packing.unpacked(rows, len(prompt) + self._longest, self._longest)
         if soft is not None:
             soft = prefix(jnp.repeat(soft, len(options[0]), 0), query['tokens'].shape[1])
         scores = _log_probs(self._decoder, self.base.params, query, lora, soft)

@@ -117,15 +117,7 @@ def read_imagenette(
     Raises:
       UserError: not prepared there.
     """
-    import tensorflow_datasets as tfds  # slow to import
-
-    try:
-        source = tfds.data_source(name, split=split, data_dir=data_dir)
-    except Exception as error:  # whatever a builder raises where it is not prepared
-        raise UserError(
-            f'cannot read the TFDS data set {name!r}, split {split!r}: {error}'
-        ) from error
-    for record in source:
+    for record in readers.tfds_source(name, split, data_dir):
         label = _IMAGENETTE[int(record['label'])]
         yield Picture(label, label, 'photograph', Image.fromarray(record['image']).convert('RGB'))
 

@@ -36,3 +36,16 @@ def pack(
         row['label_weights'][0, first:last] = 1 / len(answer)
         start, first = end, last
     return row
+
+
+def unpacked(
+    pairs: Iterable[tuple[list[int], list[int]]], tokens: int, labels: int
+) -> dict[str, np.ndarray]:
+    """Each (prompt, answer) pair, which must fit, in a row of its own, b in all.
+
+    Returns:
+      tokens `[b, t]`; labels, label_positions and label_weights `[b, k]`.
+    """
+    rows = [pack([pair], tokens, labels) for pair in pairs]
+    keys = ('tokens', 'labels', 'label_positions', 'label_weights')
+    return {key: np.concatenate([row[key] for row in rows]) for key in keys}

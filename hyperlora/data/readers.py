@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hyperlora.errors import UserError
@@ -31,3 +31,19 @@ def bind(
     except TypeError as error:
         raise UserError(f'arguments of the reader {name!r} of {kind}: {error}') from error
     return functools.partial(readers[name], **arguments)
+
+
+def tfds_source(name: str, split: str, data_dir: str | None) -> Sequence[Any]:
+    """The records of a TFDS data set.
+
+    Raises:
+      UserError: not there.
+    """
+    import tensorflow_datasets as tfds  # slow to import
+
+    try:
+        return tfds.data_source(name, split=split, data_dir=data_dir)
+    except Exception as error:  # whatever a builder raises where it is not prepared
+        raise UserError(
+            f'cannot read the TFDS data set {name!r}, split {split!r}: {error}'
+        ) from error
