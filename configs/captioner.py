@@ -1,9 +1,12 @@
 """A small vision-language model: SmolLM2 names pictures that a vision tower shows it.
 
-    python -m launch.train --config=configs/captioner.py:EMOJI --workdir=DIR
+    python -m launch.train --config=configs/captioner.py:align,EMOJI --workdir=DIR1
+    python -m launch.train --config=configs/captioner.py:smollm2,EMOJI,DIR1 --workdir=DIR2
 
 EMOJI is a folder of the unpacked npm packages emoji-datasource-VENDOR; the pictures of
-config.data.held_out are never trained on. With `,tiny` after it: a small tower, for tests.
+config.data.held_out are never trained on. `align` leads the soft tokens of a picture to the words
+of its name, which takes the tower alone; `smollm2` then trains them through the frozen model.
+`tiny,EMOJI`: a small tower, for tests.
 """
 
 import pathlib
@@ -13,33 +16,43 @@ from ml_collections import ConfigDict
 from hyperlora.errors import UserError
 
 
+# Of the stages: steps, pictures of a step, learning rate.
+_STAGES = {'align': (1500, 48, 1e-3), 'smollm2': (250, 16, 2e-4), 'tiny': (6, 4, 1e-3)}
+
+
 def get_config(argument: str = '') -> ConfigDict:
-    """The config for a folder of packages.
+    """The config of a variant, for a folder of packages, and of where a stage starts.
 
     Raises:
-      UserError: no folder, nothing in it, or no such variant.
+      UserError: no such variant, no folder, nothing in it, or a later stage without the first.
     """
-    folder, _, variant = argument.partition(',')
+    variant, folder, start = (*argument.split(','), '', '')[:3]
+    if variant not in _STAGES:
+        raise UserError(f'unknown variant {variant!r} of captioner; known: {", ".join(_STAGES)}')
     packages = sorted(p.parent for p in pathlib.Path(folder).expanduser().glob('*/emoji.json'))
     if not folder or not packages:
         raise UserError(
             f'name a folder of the unpacked packages emoji-datasource-VENDOR, not {folder!r}'
         )
-    if variant not in ('', 'tiny'):
-        raise UserError(f'unknown variant {variant!r} of captioner; known: tiny')
-    config = _config([{'reader': 'emoji', 'path': str(path)} for path in packages])
-    if variant:
+    if variant == 'smollm2' and not start:
+        raise UserError('name the workdir of the stage before: smollm2,EMOJI,DIR')
+    config = _config(variant, [{'reader': 'emoji', 'path': str(path)} for path in packages])
+    config.init_from = start
+    if variant == 'align':
+        config.objective = ConfigDict({'name': 'alignment', 'places': config.data.tokens_per_image})
+    elif variant == 'tiny':
         config.hypernetwork.vision.update(
             {'image_size': 16, 'patch_size': 4, 'num_layers': 1, 'width': 16, 'mlp_width': 32}
         )
-        config.data.update({'steps': 6, 'pictures': 4, 'image_size': 16, 'held_out': ()})
-        config.optimizer.update({'steps': 6, 'warmup_steps': 1})
+        config.data.update({'image_size': 16, 'held_out': ()})
+        config.optimizer.warmup_steps = 1
         config.log_every, config.checkpoint_every = 1, 2
     return config
 
 
-def _config(sources: list[dict]) -> ConfigDict:
-    steps, size, tokens = 1500, 64, 4
+def _config(variant: str, sources: list[dict]) -> ConfigDict:
+    steps, pictures, rate = _STAGES[variant]
+    size, tokens = 48, 4
     return ConfigDict(
         {
             'name': 'captioner',
@@ -70,7 +83,7 @@ def _config(sources: list[dict]) -> ConfigDict:
             },
             'objective': {'name': 'cross_entropy'},
             'optimizer': {
-                'learning_rate': 5e-4,
+                'learning_rate': rate,
                 'end_learning_rate': 1e-6,
                 'warmup_steps': 50,
                 'steps': steps,
@@ -84,7 +97,7 @@ def _config(sources: list[dict]) -> ConfigDict:
                 'steps': steps,
                 'sources': sources,
                 'held_out': ('facebook',),
-                'pictures': 16,
+                'pictures': pictures,
                 'image_size': size,
                 'tokens_per_image': tokens,
                 'query_tokens': 40,

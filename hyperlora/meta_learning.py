@@ -116,7 +116,7 @@ class Learner:
 
     hypernetwork: Hypernetwork
     decoder: Decoder
-    objective: objectives.LanguageModelling | objectives.Reconstruction
+    objective: objectives.Objective
     groups: int
     optimizer: optax.GradientTransformation
     neftune: float = 0.0
@@ -149,6 +149,7 @@ class Learner:
         model = objectives.AdaptedModel(
             functools.partial(self._hidden, frozen['base'], noise_key),
             functools.partial(self._unembed, frozen['base']),
+            lambda: frozen['base']['embedder']['embedding'],
         )
         total, sums = self.objective(chunks, shared, batch, model)
         return total + extra * sums['loss'][1], sums

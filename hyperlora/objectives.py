@@ -36,10 +36,12 @@ class AdaptedModel(NamedTuple):
     Attributes:
       hidden: (chunks, shared, query) -> its hidden states at the labels, `[b, k, d]`.
       unembed: hidden states -> logits, `[..., d]` -> `[..., v]`.
+      words: its word embeddings, `[v, d]`, when called.
     """
 
     hidden: Callable[[Lora, Lora | None, dict[str, jax.Array]], jax.Array]
     unembed: Callable[[jax.Array], jax.Array]
+    words: Callable[[], jax.Array]
 
 
 def cross_entropy(
@@ -271,6 +273,49 @@ def _delta_error(pair: LoraPair, target: dict[str, jax.Array]) -> tuple[jax.Arra
     return _DELTA_SCALE * error, error
 
 
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """Soft tokens should lie at the words of the labels, in their order: the negative
+    log-likelihood of each label, if every word has a Gaussian around its embedding. This takes no
+    pass of the frozen model.
+
+    Attributes:
+      places: t, the last soft tokens of a row, which the first t labels belong to. If there are
+        fewer labels, the last one is repeated.
+    """
+
+    places: int
+
+    def __call__(
+        self,
+        chunks: jax.Array,
+        shared: None,
+        batch: dict[str, dict[str, jax.Array]],
+        model: AdaptedModel,
+    ) -> tuple[jax.Array, Sums]:
+        """Sum of losses over a microbatch, and what is reported.
+
+        Args:
+          chunks: soft tokens `[b, p + t, d]`.
+          shared: there is none.
+          batch: `query`: labels and label_weights `[b, k]`.
+          model: whose words they are.
+        """
+        soft = chunks[:, -self.places :].astype(jnp.float32)
+        words = model.words().astype(jnp.float32)
+        # The squared distance, negated, less what all words share.
+        logits = 2 * jnp.einsum('btd,vd->btv', soft, words) - jnp.square(words).sum(-1)
+        query = batch['query']
+        last = (query['label_weights'] > 0).sum(1, keepdims=True) - 1
+        labels = jnp.take_along_axis(
+            query['labels'], jnp.minimum(jnp.arange(self.places), last), 1
+        )
+        total = cross_entropy(logits, {'labels': labels}).sum()
+        right = (logits.argmax(-1) == labels).astype(jnp.float32).sum()
+        weight = jnp.float32(labels.size)
+        return total, {'loss': (total, weight), 'accuracy': (right, weight)}
+
+
 def _cross_entropy(label_smoothing: float = 0.0, **settings: Any) -> LanguageModelling:
     token_loss = functools.partial(cross_entropy, smoothing=label_smoothing)
     return LanguageModelling(token_loss, **settings)
@@ -280,10 +325,14 @@ OBJECTIVES = {
     'cross_entropy': _cross_entropy,
     'top_k_distillation': functools.partial(LanguageModelling, top_k_distillation),
     'reconstruction': Reconstruction,
+    'alignment': Alignment,
 }
 
 
-def build(config: ConfigDict) -> LanguageModelling | Reconstruction:
+Objective = LanguageModelling | Reconstruction | Alignment
+
+
+def build(config: ConfigDict) -> Objective:
     """The objective `config.name`; what else the config says are its settings.
 
     Raises:

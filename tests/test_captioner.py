@@ -18,7 +18,7 @@ from hyperlora.models.decoder import Decoder, prefix
 
 @pytest.fixture
 def config(package, tmp_path):  # noqa: F811
-    config = configs.get_config(f'{package.parent},tiny')
+    config = configs.get_config(f'tiny,{package.parent}')
     config.hypernetwork.vision.num_heads = 2
     config.data.update({'query_tokens': 110, 'answer_tokens': 20})
     return config
@@ -114,7 +114,38 @@ def test_the_loop_teaches_it(config):
         assert loss({**held, 'context': other}) > loss(held) + 0.5
 
 
-def test_what_the_config_refuses(tmp_path):
-    for argument in ('', str(tmp_path)):
+def test_alignment_leads_to_the_words_in_their_order():
+    words = jnp.asarray(np.random.default_rng(0).normal(size=(50, 8)), jnp.float32)
+    model = objectives.AdaptedModel(None, None, lambda: words)
+    query = {
+        'labels': jnp.asarray([[7, 3, 0, 0], [5, 9, 11, 2]]),
+        'label_weights': jnp.asarray([[0.5, 0.5, 0, 0], [0.25] * 4]),
+    }
+    objective = objectives.build(ConfigDict({'name': 'alignment', 'places': 3}))
+    before = jnp.full((2, 2, 8), 100.0)
+
+    def at(tokens):
+        soft = jnp.concatenate([before, words[jnp.asarray(tokens)]], 1)
+        total, sums = objective(soft, None, {'query': query}, model)
+        return float(total), {name: float(x / weight) for name, (x, weight) in sums.items()}
+
+    best, sums = at([[7, 3, 3], [5, 9, 11]])  # the last label stands for what is missing
+    distances = np.square(words[:, None] - words[jnp.asarray([7, 3, 3, 5, 9, 11])]).sum(-1)
+    expected = -jax.nn.log_softmax(-distances, 0)[jnp.asarray([7, 3, 3, 5, 9, 11]), np.arange(6)]
+    np.testing.assert_allclose(best, expected.sum(), rtol=1e-4)
+    assert sums['accuracy'] == 1 and sums['loss'] == pytest.approx(best / 6)
+    for worse in ([[3, 7, 3], [5, 9, 11]], [[7, 3, 0], [5, 9, 11]], [[7, 3, 3], [9, 5, 11]]):
+        total, sums = at(worse)
+        assert total > best + 1 and sums['accuracy'] < 1
+
+
+def test_what_the_config_refuses(package, tmp_path):  # noqa: F811
+    for argument in ('align', f'align,{tmp_path}'):
         with pytest.raises(UserError, match='folder of the unpacked packages'):
             configs.get_config(argument)
+    with pytest.raises(UserError, match='unknown variant'):
+        configs.get_config(str(tmp_path))
+    with pytest.raises(UserError, match='name the workdir of the stage before'):
+        configs.get_config(f'smollm2,{package.parent}')
+    aligned = configs.get_config(f'align,{package.parent}')
+    assert aligned.objective.to_dict() == {'name': 'alignment', 'places': 4}
