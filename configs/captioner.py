@@ -15,9 +15,8 @@ from ml_collections import ConfigDict
 
 from hyperlora.errors import UserError
 
-
 # Of the stages: steps, pictures of a step, learning rate.
-_STAGES = {'align': (1500, 48, 1e-3), 'smollm2': (250, 16, 2e-4), 'tiny': (6, 4, 1e-3)}
+_STAGES = {'align': (1500, 48, 5e-4), 'smollm2': (250, 16, 2e-4), 'tiny': (6, 4, 1e-3)}
 
 
 def get_config(argument: str = '') -> ConfigDict:
@@ -39,6 +38,7 @@ def get_config(argument: str = '') -> ConfigDict:
     config = _config(variant, [{'reader': 'emoji', 'path': str(path)} for path in packages])
     config.init_from = start
     if variant == 'align':
+        config.hypernetwork.mix = False
         config.objective = ConfigDict({'name': 'alignment', 'places': config.data.tokens_per_image})
     elif variant == 'tiny':
         config.hypernetwork.vision.update(
@@ -72,6 +72,7 @@ def _config(variant: str, sources: list[dict]) -> ConfigDict:
             'hypernetwork': {
                 'name': 'captioner',
                 'tokens_per_image': tokens,
+                'mix': True,
                 'vision': {
                     'image_size': size,
                     'patch_size': 8,

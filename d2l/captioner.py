@@ -38,10 +38,13 @@ class Captioner(nn.Module):
 
     Attributes:
       prefix: p tokens that stand before those of the picture: `SHOTS` and `pictures.PREFIX`.
+      mix: give mixtures of word embeddings; else what their weights follow from by unembedding,
+        for the objective `alignment`, whose gradient does not vanish where a weight is near 1.
     """
 
     config: MultimodalConfig
     prefix: tuple[int, ...]
+    mix: bool = True
 
     @nn.compact
     def __call__(
@@ -57,13 +60,14 @@ class Captioner(nn.Module):
           `[n, p + t, d]`, and None for the LoRA that all rows share.
         """
         pixels, words = features
-        wanted = ImageEncoder(self.config, name='encoder')(pixels)
-        common = words[:_WORDS]
-        weights = nn.softmax(jnp.einsum('ntd,vd->ntv', wanted, common).astype(jnp.float32))
-        mixed = jnp.einsum('ntv,vd->ntd', weights.astype(words.dtype), common)
+        soft = ImageEncoder(self.config, name='encoder')(pixels)
+        if self.mix:
+            common = words[:_WORDS]
+            weights = nn.softmax(jnp.einsum('ntd,vd->ntv', soft, common).astype(jnp.float32))
+            soft = jnp.einsum('ntv,vd->ntd', weights.astype(words.dtype), common)
         before = words[jnp.asarray(self.prefix, jnp.int32)]
-        before = jnp.broadcast_to(before, (len(mixed), *before.shape))
-        return jnp.concatenate([before, mixed], 1), None
+        before = jnp.broadcast_to(before, (len(soft), *before.shape))
+        return jnp.concatenate([before, soft], 1), None
 
 
 def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -> Hypernetwork:
@@ -88,5 +92,5 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
     size = vision.image_size
     example = {'pixels': np.zeros((1, size, size, CHANNELS), np.float32)}
     encode_text = base.tokenizer.encode
-    module = Captioner(whole, (*encode_text(SHOTS), *encode_text(PREFIX)))
+    module = Captioner(whole, (*encode_text(SHOTS), *encode_text(PREFIX)), config.mix)
     return Hypernetwork(module, base, encode, example)

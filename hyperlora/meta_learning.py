@@ -149,7 +149,6 @@ class Learner:
         model = objectives.AdaptedModel(
             functools.partial(self._hidden, frozen['base'], noise_key),
             functools.partial(self._unembed, frozen['base']),
-            lambda: frozen['base']['embedder']['embedding'],
         )
         total, sums = self.objective(chunks, shared, batch, model)
         return total + extra * sums['loss'][1], sums
@@ -413,7 +412,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 values['learning_rate'] = float(learning_rate(config.optimizer)(step - 1))
                 if writer:
                     writer.write(step, {**values, **progress.rates()})
-                other = 'exact' if 'exact' in values else 'error'
+                other = next(name for name in ('exact', 'error', 'accuracy') if name in values)
                 _report(
                     f'{progress.line(values["loss"])}  {other} {values[other]:.2g}  '
                     f'shapes compiled {plan.step._cache_size()}'

@@ -36,12 +36,10 @@ class AdaptedModel(NamedTuple):
     Attributes:
       hidden: (chunks, shared, query) -> its hidden states at the labels, `[b, k, d]`.
       unembed: hidden states -> logits, `[..., d]` -> `[..., v]`.
-      words: its word embeddings, `[v, d]`, when called.
     """
 
     hidden: Callable[[Lora, Lora | None, dict[str, jax.Array]], jax.Array]
     unembed: Callable[[jax.Array], jax.Array]
-    words: Callable[[], jax.Array]
 
 
 def cross_entropy(
@@ -275,8 +273,7 @@ def _delta_error(pair: LoraPair, target: dict[str, jax.Array]) -> tuple[jax.Arra
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """Soft tokens should lie at the words of the labels, in their order: the negative
-    log-likelihood of each label, if every word has a Gaussian around its embedding. This takes no
+    """Soft tokens, unembedded, should give the words of the labels in their order. This takes no
     pass of the frozen model.
 
     Attributes:
@@ -299,21 +296,17 @@ class Alignment:
           chunks: soft tokens `[b, p + t, d]`.
           shared: there is none.
           batch: `query`: labels and label_weights `[b, k]`.
-          model: whose words they are.
+          model: what unembeds them.
         """
-        soft = chunks[:, -self.places :].astype(jnp.float32)
-        words = model.words().astype(jnp.float32)
-        # The squared distance, negated, less what all words share.
-        logits = 2 * jnp.einsum('btd,vd->btv', soft, words) - jnp.square(words).sum(-1)
         query = batch['query']
         last = (query['label_weights'] > 0).sum(1, keepdims=True) - 1
-        labels = jnp.take_along_axis(
-            query['labels'], jnp.minimum(jnp.arange(self.places), last), 1
-        )
-        total = cross_entropy(logits, {'labels': labels}).sum()
-        right = (logits.argmax(-1) == labels).astype(jnp.float32).sum()
+        places = jnp.minimum(jnp.arange(self.places), last)
+        labels = jnp.take_along_axis(query['labels'], places, 1)
+        logits = model.unembed(chunks[:, -self.places :])
+        right = (logits.argmax(-1) == labels).astype(jnp.float32)
         weight = jnp.float32(labels.size)
-        return total, {'loss': (total, weight), 'accuracy': (right, weight)}
+        total = cross_entropy(logits, {'labels': labels}).sum()
+        return total, {'loss': (total, weight), 'accuracy': (right.sum(), weight)}
 
 
 def _cross_entropy(label_smoothing: float = 0.0, **settings: Any) -> LanguageModelling:

@@ -54,6 +54,13 @@ def test_soft_tokens_are_mixtures_of_words(config):
     # Of 128 words in 32 dimensions: the weights are not unique, but none of them is negative.
     assert (mixed <= words.max(0) + 1e-5).all() and (mixed >= words.min(0) - 1e-5).all()
     assert np.abs(mixed[0] - mixed[1]).max() > 1e-4
+    config.hypernetwork.mix = False
+    raw, _ = captioner.build(config.hypernetwork, base, None).generate(
+        params, base.params, {'pixels': pixels}
+    )
+    # The same scores, unmixed (the tiny vocabulary is mixed whole).
+    weights = jax.nn.softmax(raw[:, len(before) :] @ words.T)
+    np.testing.assert_allclose(weights @ words, mixed, atol=1e-5)
     config.hypernetwork.tokens_per_image = 3
     with pytest.raises(UserError, match='cannot be pooled'):
         captioner.build(config.hypernetwork, base, None)
@@ -115,8 +122,9 @@ def test_the_loop_teaches_it(config):
 
 
 def test_alignment_leads_to_the_words_in_their_order():
-    words = jnp.asarray(np.random.default_rng(0).normal(size=(50, 8)), jnp.float32)
-    model = objectives.AdaptedModel(None, None, lambda: words)
+    words = np.random.default_rng(0).normal(size=(50, 8))
+    words = jnp.asarray(4 * words / np.linalg.norm(words, axis=1, keepdims=True), jnp.float32)
+    model = objectives.AdaptedModel(None, lambda x: x @ words.T)
     query = {
         'labels': jnp.asarray([[7, 3, 0, 0], [5, 9, 11, 2]]),
         'label_weights': jnp.asarray([[0.5, 0.5, 0, 0], [0.25] * 4]),
@@ -130,8 +138,8 @@ def test_alignment_leads_to_the_words_in_their_order():
         return float(total), {name: float(x / weight) for name, (x, weight) in sums.items()}
 
     best, sums = at([[7, 3, 3], [5, 9, 11]])  # the last label stands for what is missing
-    distances = np.square(words[:, None] - words[jnp.asarray([7, 3, 3, 5, 9, 11])]).sum(-1)
-    expected = -jax.nn.log_softmax(-distances, 0)[jnp.asarray([7, 3, 3, 5, 9, 11]), np.arange(6)]
+    labels = np.asarray([7, 3, 3, 5, 9, 11])
+    expected = -jax.nn.log_softmax(words[labels] @ words.T)[np.arange(6), labels]
     np.testing.assert_allclose(best, expected.sum(), rtol=1e-4)
     assert sums['accuracy'] == 1 and sums['loss'] == pytest.approx(best / 6)
     for worse in ([[3, 7, 3], [5, 9, 11]], [[7, 3, 0], [5, 9, 11]], [[7, 3, 3], [9, 5, 11]]):

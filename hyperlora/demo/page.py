@@ -262,9 +262,16 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
                     with gr.Group():
                         own = gr.State(name)
                         note = notes.get((checkpoint, name), '')
-                        switch = gr.Checkbox(factor != 0, label=f'{name} counts ({note})')
+                        switch = gr.Checkbox(
+                            factor != 0, label=f'{name} counts ({note})', interactive=True
+                        )
                         strength = gr.Slider(
-                            0.1, 2, factor or 1, step=0.1, label=f'Strength of {name}'
+                            0.1,
+                            2,
+                            factor or 1,
+                            step=0.1,
+                            label=f'Strength of {name}',
+                            interactive=True,
                         )
                         forget = gr.Button(f'Remove {name}', size='sm')
                     values = [reader, own, switch, strength]
