@@ -23,7 +23,7 @@ setuptools.setup(
     ),
     package_data={
         'd2l': ['facts.yaml'],
-        'hyperlora': ['pretrained/**'],
+        'hyperlora': ['demo/pictures/*', 'pretrained/**'],
         't2l': ['words.yaml', 'descriptions/*.yaml'],
     },
     install_requires=[

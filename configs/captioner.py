@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from hyperlora.errors import UserError
 
 # Of the stages: steps, pictures of a step, learning rate.
-_STAGES = {'align': (1500, 48, 5e-4), 'smollm2': (250, 16, 2e-4), 'tiny': (6, 4, 1e-3)}
+_STAGES = {'align': (2000, 96, 5e-4), 'smollm2': (250, 16, 2e-4), 'tiny': (6, 4, 1e-3)}
 
 
 def get_config(argument: str = '') -> ConfigDict:
@@ -75,8 +75,8 @@ def _config(variant: str, sources: list[dict]) -> ConfigDict:
                 'mix': True,
                 'vision': {
                     'image_size': size,
-                    'patch_size': 8,
-                    'num_layers': 6,
+                    'patch_size': 12,
+                    'num_layers': 4,
                     'width': 256,
                     'mlp_width': 1024,
                     'num_heads': 4,

@@ -30,7 +30,6 @@ from hyperlora.models.vision import CHANNELS, ImageEncoder, MultimodalConfig, Vi
 
 # Without them SmolLM2 does not repeat even a name that it reads as words.
 SHOTS = 'Image: dog\nCaption: dog\nImage: red car\nCaption: red car\n'
-_WORDS = 16_384  # that are mixed: the first, for BPE numbers tokens by how common they are
 
 
 class Captioner(nn.Module):
@@ -38,13 +37,13 @@ class Captioner(nn.Module):
 
     Attributes:
       prefix: p tokens that stand before those of the picture: `SHOTS` and `pictures.PREFIX`.
-      mix: give mixtures of word embeddings; else what their weights follow from by unembedding,
-        for the objective `alignment`, whose gradient does not vanish where a weight is near 1.
+      mix: give mixtures; else what their weights follow from, by products with the words, for the
+        objective `alignment`, whose gradient does not vanish where a weight is near 1.
     """
 
     config: MultimodalConfig
     prefix: tuple[int, ...]
-    mix: bool = True
+    mix: bool
 
     @nn.compact
     def __call__(
@@ -62,9 +61,8 @@ class Captioner(nn.Module):
         pixels, words = features
         soft = ImageEncoder(self.config, name='encoder')(pixels)
         if self.mix:
-            common = words[:_WORDS]
-            weights = nn.softmax(jnp.einsum('ntd,vd->ntv', soft, common).astype(jnp.float32))
-            soft = jnp.einsum('ntv,vd->ntd', weights.astype(words.dtype), common)
+            weights = nn.softmax(jnp.einsum('ntd,vd->ntv', soft, words).astype(jnp.float32))
+            soft = jnp.einsum('ntv,vd->ntd', weights.astype(words.dtype), words)
         before = words[jnp.asarray(self.prefix, jnp.int32)]
         before = jnp.broadcast_to(before, (len(soft), *before.shape))
         return jnp.concatenate([before, soft], 1), None
@@ -92,5 +90,6 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
     size = vision.image_size
     example = {'pixels': np.zeros((1, size, size, CHANNELS), np.float32)}
     encode_text = base.tokenizer.encode
-    module = Captioner(whole, (*encode_text(SHOTS), *encode_text(PREFIX)), config.mix)
+    before = (*encode_text(SHOTS), *encode_text(PREFIX))
+    module = Captioner(whole, before, config.mix)
     return Hypernetwork(module, base, encode, example)

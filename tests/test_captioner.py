@@ -156,4 +156,4 @@ def test_what_the_config_refuses(package, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match='name the workdir of the stage before'):
         configs.get_config(f'smollm2,{package.parent}')
     aligned = configs.get_config(f'align,{package.parent}')
-    assert aligned.objective.to_dict() == {'name': 'alignment', 'places': 4}
+    assert aligned.objective.places == aligned.hypernetwork.tokens_per_image

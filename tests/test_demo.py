@@ -18,6 +18,7 @@ from test_qa import model  # noqa: F401
 
 from hyperlora import trained
 from hyperlora.errors import UserError
+from hyperlora.evaluation.meter import Meter
 
 pytest.importorskip('gradio')
 
@@ -184,18 +185,20 @@ def test_twenty_at_once(engine, do):
 
 
 def test_images(engine, do, tmp_path, monkeypatch):
-    status = last(do.ask_image, 'a', 'none', None, 'What?', outputs=2)[-1]
+    status = last(do.ask_image, 'a', 'none', None, 'What?', outputs=3)[-1]
     assert 'choose an image' in status
     (tmp_path / 'a.png').write_bytes(b'\x89PNG')
-    refused = last(do.ask_image, 'a', 'none', str(tmp_path / 'a.png'), 'What?', outputs=2)[-1]
+    refused = last(do.ask_image, 'a', 'none', str(tmp_path / 'a.png'), 'What?', outputs=3)[-1]
     assert 'not offered' in refused
     (tmp_path / 'b.png').write_bytes(b'a' * (engines.MAX_FILE + 1))
-    status = last(do.ask_image, 'a', 'none', str(tmp_path / 'b.png'), 'What?', outputs=2)[-1]
+    status = last(do.ask_image, 'a', 'none', str(tmp_path / 'b.png'), 'What?', outputs=3)[-1]
     assert 'at most 20 MB' in status
     adapter = engine.session.internalize(TEXTS[0])
     monkeypatch.setattr(engine, 'image', lambda *_: adapter)
-    answers = last(do.ask_image, 'a', 'some', 'a.png', 'Who?', outputs=2)[:2]
-    assert answers == (engine.session.ask('Who?', adapter), engine.session.ask('Who?'))
+    dog = str(pages._PICTURES / 'dog.png')
+    shown, *answers, _ = last(do.ask_image, 'a', 'some', dog, 'Who?', outputs=3)
+    assert answers == [engine.session.ask('Who?', adapter), engine.session.ask('Who?')]
+    assert shown.size == (64, 64)
     assert last(do.keep_image, 'a', 'some', 'a.png', 'cat') == ('Kept as cat; see Adapters.',)
 
 
@@ -423,6 +426,47 @@ def test_a_document_in_the_browser(visit, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_thousand_tokens_are_answered_in_seconds(visit):
+    """After warm-up, from the click on Internalise to both answers."""
+    page = visit()
+    seconds = []
+    for number in (1234, 5678):
+        filler = 'The grass is green and the sky is blue. ' * 100
+        text = filler + _NEEDLE.format(number) + ' ' + filler
+        field(page, 'Paste a document').fill(text)
+        field(page, 'Question').fill(_QUESTION)
+        start = time.monotonic()
+        press(page, 'Internalise')
+        says(page, 'Status of documents', 'Internalised in')
+        press(page, 'Ask')
+        says(page, 'Status of documents', 'side by side in')
+        seconds.append(time.monotonic() - start)
+        assert field(page, 'Answer with the documents').input_value() == str(number)
+        page.get_by_role('button', name=re.compile('^Remove ')).click()
+        says(page, 'Status of documents', 'is forgotten')
+    print(f'{seconds[0]:.1f} s at first, then {seconds[1]:.1f} s')
+    assert seconds[1] < 3
+
+
+@pytest.mark.slow
+def test_memory_over_a_hundred_documents(monkeypatch):
+    """Browsers come and go; what the process holds stays within what the page allows them."""
+    monkeypatch.setattr(engines, '_ALL_BYTES', 100e6)
+    engine = Engine('smollm2-niah', 'smollm2-t2l')
+
+    def internalize(numbers):
+        for number in numbers:
+            text = f'Document {number}. ' + _NEEDLE.format(1000 + number)
+            engine.internalize(f'browser {number % 40}', engine.documents[0], f'{number}', text)
+
+    internalize(range(50))
+    with Meter() as more:
+        internalize(range(50, 150))
+    print(f'100 more documents: {more.bytes / 1e6:.0f} MB at most')
+    assert more.bytes < 100e6
+
+
+@pytest.mark.slow
 def test_two_browsers_at_once(visit):
     one, two = visit(), visit()
     for page, number in ((one, 1111), (two, 2222)):
@@ -488,3 +532,24 @@ def test_a_task_and_adapters_in_the_browser(visit, tmp_path):
     page.get_by_role('option', name='again').click()
     press(page, 'Merge into the model')
     says(page, 'Status of adapters', 'merged into the model')
+
+
+@pytest.mark.slow
+def test_an_image_in_the_browser(visit, tmp_path):
+    page = visit(viewport={'width': 390, 'height': 800})
+    page.get_by_role('tab', name='Image').click()
+    give(page, 'x.png', b'MZ' + bytes(9))
+    press(page, 'Ask the model, which sees no images')
+    says(page, 'Status of the image', 'this file is not an image')
+    press(page, 'Clear')
+    press(page, 'Example: dog')
+    page.get_by_role('button', name='Clear', exact=True).wait_for()
+    press(page, 'Ask the model, which sees no images')
+    says(page, 'Status of the image', 'side by side in')
+    assert field(page, 'Answer with the image').input_value() == 'dog'
+    assert 'dog' not in field(page, 'Answer without the image').input_value().split()
+    page.screenshot(path=tmp_path / 'image.png', full_page=True)
+    assert page.evaluate('document.documentElement.scrollWidth') <= 390
+    field(page, 'Name to keep the LoRA of the image under').fill('dog')
+    press(page, 'Keep the LoRA of the image')
+    says(page, 'Status of the image', 'Kept as dog')

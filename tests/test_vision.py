@@ -418,7 +418,7 @@ def test_bad_images_are_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(UserError, match=f'(?s)bad.img.*({message})|({message}).*bad.img'):
         ImageProcessor(28)(path)
-    with pytest.raises(UserError, match='the image'):
+    with pytest.raises(UserError, match='this file'):
         ImageProcessor(28)(content)
 
 

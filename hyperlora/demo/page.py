@@ -21,12 +21,14 @@ from hyperlora.demo import engine as engines
 from hyperlora.demo.engine import Engine
 from hyperlora.demo.shelf import Shelf
 from hyperlora.errors import UserError
+from hyperlora.models import images
 
 _TASKS = {
     'Write the plural of the noun.': 'city',
     'Turn the sentence into its negative.': 'The cat likes milk.',
     'Name the capital of the country.': 'Japan',
 }
+_PICTURES = Path(__file__).parent / 'pictures'  # Noto Emoji, Apache-2.0
 _DOWNLOAD_SECONDS = 3600  # that a file to download is kept
 _MAX_UPLOAD = 280 * 2**20  # bytes, of a zipped adapter
 
@@ -123,9 +125,11 @@ class Handlers:
     # ---- images
 
     def ask_image(self, me, checkpoint, path, question):
-        """Yields (answer with the image, answer without, status)."""
+        """Yields (the image, answer with it, answer without, status)."""
         adapter = self.engine.image(checkpoint, path)
-        yield from self._answers((question, adapter), (question, None))
+        image = images.read(path, on_white=True)
+        for found in self._answers((question, adapter), (question, None)):
+            yield image, *found
 
     def keep_image(self, me, checkpoint, path, name):
         self.shelf.keep(name, self.engine.image(checkpoint, path), self.engine.session)
@@ -335,14 +339,20 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
 
         with gr.Tab('Image', visible=bool(engine.images)):
             looker = gr.Dropdown(engine.images, label='Weights that read images')
-            image = gr.Image(type='filepath', label='An image, at most 20 MB', sources=['upload'])
+            image = gr.File(label='An image: PNG, JPEG, GIF or WebP, at most 20 MB', height=120)
+            with gr.Row():
+                for path in sorted(_PICTURES.glob('*.png')):
+                    gr.Button(f'Example: {path.stem}', min_width=120).click(
+                        lambda path=path: str(path), None, image, api_visibility='private'
+                    )
             about_image = gr.Textbox(QUESTION, label='Question about the image')
             ask_image = gr.Button('Ask the model, which sees no images', variant='primary')
             image_status = box('Status of the image', lines=2)
             with gr.Row():
                 seen = [
+                    gr.Image(label='The image', interactive=False, height=160, buttons=[]),
                     box('Answer with the image', lines=3, min_width=280),
-                    box('Answer without it', lines=3, min_width=280),
+                    box('Answer without the image', lines=3, min_width=280),
                 ]
             with gr.Row():
                 image_name = gr.Textbox(label='Name to keep the LoRA of the image under')
@@ -368,7 +378,7 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
             with gr.Row():
                 two = [
                     box('Answer with the adapter', lines=3, min_width=280),
-                    box('Answer without it', lines=3, min_width=280),
+                    box('Answer without the adapter', lines=3, min_width=280),
                 ]
             pack = gr.Button('Prepare as a zip file for PEFT')
             with gr.Row():
@@ -417,6 +427,7 @@ def launch(page: gr.Blocks, host: str, port: int, share: bool, **more):
             ssr_mode=False,
             max_file_size=_MAX_UPLOAD,
             footer_links=[],
+            allowed_paths=[str(_PICTURES)],
             theme=gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']),
             **more,
         )

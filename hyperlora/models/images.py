@@ -101,7 +101,7 @@ def read(source: str | Path | bytes, on_white: bool = False) -> Image.Image:
       UserError: the file is missing, not an image, damaged, has more pixels than
         `PIL.Image.MAX_IMAGE_PIXELS`, or more than 8 bits for each channel.
     """
-    name = 'the image' if isinstance(source, bytes) else str(source)
+    name = 'this file' if isinstance(source, bytes) else str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             _check(image, name)
