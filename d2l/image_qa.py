@@ -3,8 +3,7 @@
 A hypernetwork that was trained on texts alone reads an image's activations; the text-only base
 model, with that LoRA, is asked what is in the image and chooses among the names of ten things.
 
-Axes: n pictures, o options of each, p tokens of the question with a name, k labels, s tokens of a
-context, d width.
+Axes: n pictures, o options of each, p tokens of the question, k labels, t soft tokens, d width.
 
 Source: Doc-to-LoRA (arXiv 2602.15902), the experiment with a vision-language model.
 """
@@ -25,7 +24,6 @@ from d2l import captions
 from d2l.image_internalizer import ImageInternalizer
 from d2l.pictures import PREFIX, QUESTION, Picture, read
 from hyperlora import trained
-from hyperlora.data import packing
 from hyperlora.errors import UserError
 from hyperlora.evaluation import plots, record
 from hyperlora.lora import Lora
@@ -36,17 +34,32 @@ _SHEET = 40  # pictures on the contact sheet
 
 
 @functools.partial(jax.jit, static_argnames='decoder')
-def _log_probs(decoder, params, query, lora, soft):
-    """Mean log-probability of the labels of each row, `[b]`."""
-    hidden = decoder.apply({'params': params}, query['tokens'], lora=lora, soft=soft).hidden
-    hidden = jnp.take_along_axis(hidden, query['label_positions'][..., None], 1)
+def _log_probs(decoder, params, prompt, labels, weights, lora, soft):
+    """Weighted log-probability of the labels after a prompt.
+
+    Args:
+      prompt: `[n, p]`, read once for all the o answers to it.
+      labels, weights: `[n, o, k]`.
+
+    Returns:
+      `[n, o]`.
+    """
+    n, options, count = labels.shape
+    variables, length = {'params': params}, prompt.shape[1]
+    out = decoder.apply(variables, prompt, lora=lora, soft=soft, cache_length=length + count)
+    labels, weights = labels.reshape(-1, count), weights.reshape(-1, count)
+    cache = jax.tree.map(lambda x: jnp.repeat(x, options, 1), out.cache)
+    positions = jnp.broadcast_to(length + jnp.arange(count), labels.shape)
+    answers = decoder.apply(variables, labels, positions, lora=lora, cache=cache).hidden
+    last = jnp.repeat(out.hidden[:, -1:], options, 0)
+    hidden = jnp.concatenate([last, answers[:, :-1]], 1)  # that predict the labels
 
     def of_label(hidden, label):
-        logits = decoder.apply({'params': params}, hidden, method='unembed')
+        logits = decoder.apply(variables, hidden, method='unembed')
         return jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], -1)[:, 0]
 
-    found = jax.lax.map(lambda x: of_label(*x), (hidden.swapaxes(0, 1), query['labels'].T)).T
-    return (found * query['label_weights']).sum(1)
+    found = jax.lax.map(lambda x: of_label(*x), (hidden.swapaxes(0, 1), labels.T)).T
+    return (found * weights).sum(1).reshape(n, options)
 
 
 class Chooser:
@@ -79,12 +92,18 @@ class Chooser:
             prompt, ids = tokenizer.prompt(QUESTION), self._said
         else:
             prompt, ids = captions.prompt(tokenizer, soft.shape[1]), self._captions
-        rows = ((prompt, ids[name]) for names in options for name in names)
-        query = packing.unpacked(rows, len(prompt) + self._longest, self._longest)
+        labels = np.zeros((len(options), len(options[0]), self._longest), np.int32)
+        weights = np.zeros(labels.shape, np.float32)
+        for row, names in enumerate(options):
+            for column, name in enumerate(names):
+                answer = ids[name]
+                labels[row, column, : len(answer)] = answer
+                weights[row, column, : len(answer)] = 1 / len(answer)
+        prompts = np.asarray([prompt] * len(options), np.int32)
         if soft is not None:
-            soft = prefix(jnp.repeat(soft, len(options[0]), 0), query['tokens'].shape[1])
-        scores = _log_probs(self._decoder, self.base.params, query, lora, soft)
-        return np.asarray(scores).reshape(len(options), -1).argmax(1).tolist()
+            soft = prefix(soft, len(prompt))
+        scores = _log_probs(self._decoder, self.base.params, prompts, labels, weights, lora, soft)
+        return np.asarray(scores).argmax(1).tolist()
 
 
 def choose_options(

@@ -42,7 +42,7 @@ def model():
 
 @pytest.fixture
 def captioner(package):  # noqa: F811
-    config = captioner_config.get_config(f'{package.parent},tiny')
+    config = captioner_config.get_config(f'tiny,{package.parent}')
     config.hypernetwork.vision.num_heads = 2
     return random_model(config)
 
