@@ -374,7 +374,7 @@ def give(page, name, content):
     """Uploads a file to the tab that is shown."""
     panel = page.get_by_role('tabpanel').filter(visible=True)
     upload = {'name': name, 'mimeType': 'application/octet-stream', 'buffer': content}
-    panel.locator('input[type=file]').set_input_files(upload)
+    panel.locator('input[type=file]').last.set_input_files(upload)  # a table has one too
     page.get_by_role('button', name='Clear', exact=True).wait_for()
 
 
@@ -504,7 +504,7 @@ def test_a_task_and_adapters_in_the_browser(visit, tmp_path):
     assert 'city,cities' in answers.value.path().read_text()
 
     page.get_by_role('tab', name='Adapters').click()
-    panel.get_by_text('task: Write the plural').first.wait_for()
+    panel.get_by_text('task: Write the plural').filter(visible=True).first.wait_for()
     page.get_by_label('Adapter', exact=True).click()
     page.get_by_role('option', name='plural').click()
     field(page, 'Question or input').fill('city')
