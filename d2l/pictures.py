@@ -54,8 +54,8 @@ class Picture:
 
 
 def entries(path: str) -> list[dict[str, Any]]:
-    """What emoji.json of a package emoji-datasource-VENDOR lists, without flags and variations of
-    skin, in its order; `name` in lower case.
+    """What emoji.json of a package emoji-datasource-VENDOR lists, without flags, variations of skin
+    and what older packages have no name for, in its order; `name` in lower case.
 
     Raises:
       UserError: not such a folder.
@@ -67,7 +67,7 @@ def entries(path: str) -> list[dict[str, Any]]:
         return [
             {**entry, 'name': ' '.join(entry['name'].lower().replace('-', ' ').split())}
             for entry in found
-            if entry['category'] not in ('Flags', 'Component')
+            if entry['name'] and entry['category'] not in ('Flags', 'Component')
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: no emoji.json of emoji-datasource there ({error!r})') from error
@@ -88,7 +88,7 @@ def read_emoji(path: str) -> Iterator[Picture]:
         for entry in listed:
             if entry.get(f'has_img_{vendor}'):
                 image = images.read(root / vendor / '64' / entry['image'], on_white=True)
-                yield Picture(entry['name'], entry['subcategory'], vendor, image)
+                yield Picture(entry['name'], entry.get('subcategory', ''), vendor, image)
 
 
 def read_digits(held_out: bool = False) -> Iterator[Picture]:
