@@ -427,25 +427,27 @@ def test_a_document_in_the_browser(visit, tmp_path):
 
 @pytest.mark.slow
 def test_two_thousand_tokens_are_answered_in_seconds(visit):
-    """After warm-up, from the click on Internalise to both answers."""
+    """After warm-up, from the click on Internalise to the answer."""
+    from playwright.sync_api import expect
+
     page = visit()
-    seconds = []
-    for number in (1234, 5678):
+    for number in (1234, 5678, 9012):
         filler = 'The grass is green and the sky is blue. ' * 100
-        text = filler + _NEEDLE.format(number) + ' ' + filler
-        field(page, 'Paste a document').fill(text)
+        field(page, 'Paste a document').fill(filler + _NEEDLE.format(number) + ' ' + filler)
         field(page, 'Question').fill(_QUESTION)
         start = time.monotonic()
         press(page, 'Internalise')
         says(page, 'Status of documents', 'Internalised in')
+        read = time.monotonic() - start, field(page, 'Status of documents').input_value()
         press(page, 'Ask')
+        answer = field(page, 'Answer with the documents')
+        expect(answer).to_have_value(str(number), timeout=_PATIENCE)
+        seconds = time.monotonic() - start
         says(page, 'Status of documents', 'side by side in')
-        seconds.append(time.monotonic() - start)
-        assert field(page, 'Answer with the documents').input_value() == str(number)
+        print(f'{read}, answered after {seconds:.1f} s')
         page.get_by_role('button', name=re.compile('^Remove ')).click()
         says(page, 'Status of documents', 'is forgotten')
-    print(f'{seconds[0]:.1f} s at first, then {seconds[1]:.1f} s')
-    assert seconds[1] < 3
+    assert seconds < 3
 
 
 @pytest.mark.slow
@@ -536,6 +538,8 @@ def test_a_task_and_adapters_in_the_browser(visit, tmp_path):
 
 @pytest.mark.slow
 def test_an_image_in_the_browser(visit, tmp_path):
+    if not engines.shipped(('d2l_images',)):
+        pytest.skip('no weights for images are shipped')
     page = visit(viewport={'width': 390, 'height': 800})
     page.get_by_role('tab', name='Image').click()
     give(page, 'x.png', b'MZ' + bytes(9))
