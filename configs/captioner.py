@@ -3,10 +3,12 @@
     python -m launch.train --config=configs/captioner.py:align,EMOJI --workdir=DIR1
     python -m launch.train --config=configs/captioner.py:smollm2,EMOJI,DIR1 --workdir=DIR2
 
-EMOJI is a folder of the unpacked npm packages emoji-datasource-VENDOR; the pictures of
-config.data.held_out are never trained on. `align` leads the soft tokens of a picture to the words
-of its name, which takes the tower alone; `smollm2` then trains them through the frozen model.
-`tiny,EMOJI`: a small tower, for tests.
+EMOJI is a folder of the unpacked npm packages emoji-datasource-VENDOR and, if at hand,
+@lobehub/fluent-emoji-3d and emojione-assets; the pictures of config.data.held_out are never trained
+on. Beside them stand two thirds of scikit-learn's handwritten digits (`.[pictures]`).
+
+`align` leads the soft tokens of a picture to the words of its name, which takes the tower alone;
+`smollm2` then trains them through the frozen model. `tiny,EMOJI`: a small tower, for tests.
 """
 
 import pathlib
@@ -28,14 +30,9 @@ def get_config(argument: str = '') -> ConfigDict:
     variant, folder, start = (*argument.split(','), '', '')[:3]
     if variant not in _STAGES:
         raise UserError(f'unknown variant {variant!r} of captioner; known: {", ".join(_STAGES)}')
-    packages = sorted(p.parent for p in pathlib.Path(folder).expanduser().glob('*/emoji.json'))
-    if not folder or not packages:
-        raise UserError(
-            f'name a folder of the unpacked packages emoji-datasource-VENDOR, not {folder!r}'
-        )
     if variant == 'smollm2' and not start:
         raise UserError('name the workdir of the stage before: smollm2,EMOJI,DIR')
-    config = _config(variant, [{'reader': 'emoji', 'path': str(path)} for path in packages])
+    config = _config(variant, _sources(folder))
     config.init_from = start
     if variant == 'align':
         config.hypernetwork.mix = False
@@ -45,9 +42,30 @@ def get_config(argument: str = '') -> ConfigDict:
             {'image_size': 16, 'patch_size': 4, 'num_layers': 1, 'width': 16, 'mlp_width': 32}
         )
         config.data.update({'image_size': 16, 'held_out': ()})
+        config.data.sources = [s for s in config.data.sources if s['reader'] == 'emoji']
         config.optimizer.warmup_steps = 1
         config.log_every, config.checkpoint_every = 1, 2
     return config
+
+
+def _sources(folder: str) -> list[dict]:
+    """The pictures in a folder of packages, and digits."""
+    root = pathlib.Path(folder).expanduser()
+    packages = sorted(p.parent for p in root.glob('*/emoji.json'))
+    if not folder or not packages:
+        raise UserError(
+            f'name a folder of the unpacked packages emoji-datasource-VENDOR, not {folder!r}'
+        )
+    named = {'reader': 'code_points', 'names': str(packages[0])}
+    return [
+        *({'reader': 'emoji', 'path': str(path)} for path in packages),
+        *(
+            {**named, 'path': str(path), 'style': str(path.relative_to(root))}
+            for places in ('*/assets', '*/png/64')
+            for path in sorted(root.glob(places))
+        ),
+        {'reader': 'digits'},
+    ]
 
 
 def _config(variant: str, sources: list[dict]) -> ConfigDict:

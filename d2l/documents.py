@@ -199,8 +199,9 @@ def read_words(count: int, seed: int = 0) -> Iterator[Document]:
 
 
 def read_names(path: str, asked: bool = True, seed: int = 0) -> Iterator[Document]:
-    """The names in an emoji.json (see `d2l.pictures`) as texts that stand for pictures: the name
-    as it is, and three times its words in any order and number. No picture is opened.
+    """The names in an emoji.json (see `d2l.pictures`), and those of digits, as texts that stand for
+    pictures: the name as it is, and three times its words in any order and number. No picture is
+    opened.
 
     Args:
       asked: by `pictures.QUESTION`; otherwise the name is to be said without a question.
@@ -210,7 +211,8 @@ def read_names(path: str, asked: bool = True, seed: int = 0) -> Iterator[Documen
     """
     rng = random.Random(seed)
     question = QUESTION if asked else ''
-    for name in dict.fromkeys(entry['name'] for entry in pictures.entries(path)):
+    found = [entry['name'] for entry in pictures.entries(path)]
+    for name in dict.fromkeys([*found, *pictures.DIGITS]):
         words = name.split()
         texts = [name]
         for _ in range(3):

@@ -19,7 +19,9 @@ from hyperlora.models import images
 QUESTION = 'What is in this image?'
 PREFIX = 'Image:'
 
-_DIGITS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
+DIGITS = tuple(
+    f'digit {word}' for word in 'zero one two three four five six seven eight nine'.split()
+)
 
 # In the order of their WordNet ids, as TFDS numbers them.
 _IMAGENETTE = (
@@ -91,6 +93,33 @@ def read_emoji(path: str) -> Iterator[Picture]:
                 yield Picture(entry['name'], entry.get('subcategory', ''), vendor, image)
 
 
+def read_code_points(path: str, names: str, style: str) -> Iterator[Picture]:
+    """PNG and WebP files that are called by the code points of what they show, such as
+    1f468-200d-1f33e.png; those that have no name are left out.
+
+    Args:
+      names: a package emoji-datasource-VENDOR, which names them.
+      style: who drew them.
+
+    Raises:
+      UserError: no such folder or package, or a picture is damaged.
+    """
+
+    def key(code: str) -> str:
+        return code.lower().replace('_', '-').replace('-fe0f', '')  # that picks a variant
+
+    named = {key(entry['unified']): entry for entry in entries(names)}
+    try:
+        files = sorted(pathlib.Path(path).expanduser().iterdir())
+    except OSError as error:
+        raise UserError(f'cannot read {path} ({error.strerror})') from error
+    for file in files:
+        entry = named.get(key(file.stem))
+        if entry and file.suffix.lower() in ('.png', '.webp'):
+            image = images.read(file, on_white=True)
+            yield Picture(entry['name'], entry.get('subcategory', ''), style, image)
+
+
 def read_digits(held_out: bool = False) -> Iterator[Picture]:
     """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, dark on white. Each digit is a
     group.
@@ -105,7 +134,7 @@ def read_digits(held_out: bool = False) -> Iterator[Picture]:
     cut = len(pairs) * 2 // 3
     for image, label in pairs[cut:] if held_out else pairs[:cut]:
         grey = np.round(255 * (1 - image / 16)).astype(np.uint8)
-        name = f'digit {_DIGITS[label]}'
+        name = DIGITS[label]
         yield Picture(name, name, 'handwriting', Image.fromarray(grey).convert('RGB'))
 
 
@@ -124,6 +153,7 @@ def read_imagenette(
 
 READERS: dict[str, Callable[..., Iterator[Picture]]] = {
     'emoji': read_emoji,
+    'code_points': read_code_points,
     'digits': read_digits,
     'imagenette': read_imagenette,
 }

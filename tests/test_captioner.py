@@ -69,8 +69,8 @@ def test_soft_tokens_are_mixtures_of_words(config):
 def test_groups_name_their_pictures(config):
     base = tiny_base()
     source = groups(config)
-    group = source[3]
-    again = groups(config)[3]
+    group = source[4]
+    again = groups(config)[4]
     jax.tree.map(np.testing.assert_array_equal, group, again)
     query = group['query']
     names = set()
@@ -148,7 +148,7 @@ def test_alignment_leads_to_the_words_in_their_order():
 
 
 def test_what_the_config_refuses(package, tmp_path):  # noqa: F811
-    for argument in ('align', f'align,{tmp_path}'):
+    for argument in ('align', f'align,{package}'):
         with pytest.raises(UserError, match='folder of the unpacked packages'):
             configs.get_config(argument)
     with pytest.raises(UserError, match='unknown variant'):

@@ -21,14 +21,16 @@ def package(tmp_path):
     ]
     for place, entry in enumerate(entries):
         entry |= {'sort_order': -place, 'has_img_mine': entry['name'] != 'NO-PICTURE'}
-    (tmp_path / 'emoji.json').write_text(json.dumps(entries))
-    folder = tmp_path / 'img/mine/64'
+    root = tmp_path / 'mine'  # alone in its folder
+    root.mkdir()
+    (root / 'emoji.json').write_text(json.dumps(entries))
+    folder = root / 'img/mine/64'
     folder.mkdir(parents=True)
     for name, colour in (('a.png', (0, 128, 128, 255)), ('b.png', (255, 0, 0, 255))):
         image = Image.new('RGBA', (4, 4), (0, 0, 0, 0))
         image.putpixel((1, 2), colour)
         image.save(folder / name)
-    return tmp_path
+    return root
 
 
 def test_emoji(package):
@@ -40,6 +42,27 @@ def test_emoji(package):
     wanted = np.full((4, 4, 3), 255)
     wanted[2, 1] = 255, 0, 0
     np.testing.assert_array_equal(second.image, wanted)
+
+
+def test_pictures_called_by_code_points(package, tmp_path):
+    entries = json.loads((package / 'emoji.json').read_text())
+    for entry, code in zip(entries, ('2764-FE0F', '1F468', '1F1E6', '1F435'), strict=True):
+        entry['unified'] = code
+    (package / 'emoji.json').write_text(json.dumps(entries))
+    folder = tmp_path / 'pictures'
+    folder.mkdir()
+    for name in ('2764.png', '1f435.webp', '1f1e6.png', '1f999.png'):
+        Image.new('RGBA', (6, 6), (0, 0, 255, 255)).save(folder / name, lossless=True)
+    (folder / '1f468.txt').write_text('no picture')
+    source = {'reader': 'code_points', 'path': str(folder), 'names': str(package), 'style': 'new'}
+    found = pictures.read([source])
+    assert [(p.name, p.group, p.style) for p in found] == [
+        ('blue green dot', 'dots', 'new'),
+        ('red dot', 'dots', 'new'),
+    ]
+    assert found[0].image.getpixel((3, 3)) == (0, 0, 255)
+    with pytest.raises(UserError, match='cannot read .*none'):
+        pictures.read([{**source, 'path': str(tmp_path / 'none')}])
 
 
 def test_digits():
@@ -58,7 +81,9 @@ def test_what_is_refused(package, tmp_path):
     def read(**source):
         return pictures.read([source])
 
-    with pytest.raises(UserError, match='unknown reader of pictures .films.; known: emoji, digits'):
+    with pytest.raises(
+        UserError, match='unknown reader of pictures .films.; known: emoji, code_points'
+    ):
         read(reader='films')
     with pytest.raises(UserError, match='arguments of the reader .digits.'):
         read(reader='digits', path='x')
