@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from hyperlora.errors import UserError
 
 # Of the stages: steps, pictures of a step, learning rate.
-_STAGES = {'align': (1200, 128, 1e-3), 'smollm2': (120, 16, 2e-4), 'tiny': (6, 4, 1e-3)}
+_STAGES = {'align': (3000, 128, 1e-3), 'smollm2': (120, 16, 2e-4), 'tiny': (6, 4, 1e-3)}
 
 
 def get_config(argument: str = '') -> ConfigDict:
@@ -51,7 +51,7 @@ def get_config(argument: str = '') -> ConfigDict:
 def _sources(folder: str) -> list[dict]:
     """The pictures in a folder of packages, and digits."""
     root = pathlib.Path(folder).expanduser()
-    packages = sorted(p.parent for p in root.glob('*/emoji.json'))
+    packages = sorted({p.parents[2] for p in root.glob('*/img/*/64')})
     if not folder or not packages:
         raise UserError(
             f'name a folder of the unpacked packages emoji-datasource-VENDOR, not {folder!r}'
