@@ -39,9 +39,9 @@ def get_config(argument: str = '') -> ConfigDict:
         config.objective = ConfigDict({'name': 'alignment', 'places': config.data.tokens_per_image})
     elif variant == 'tiny':
         config.hypernetwork.vision.update(
-            {'image_size': 16, 'patch_size': 4, 'num_layers': 1, 'width': 16, 'mlp_width': 32}
+            {'patch_size': 4, 'num_layers': 1, 'width': 16, 'mlp_width': 32, 'num_heads': 2}
         )
-        config.data.update({'image_size': 16, 'held_out': ()})
+        config.data.held_out = ()
         config.data.sources = [s for s in config.data.sources if s['reader'] == 'emoji']
         config.optimizer.warmup_steps = 1
         config.log_every, config.checkpoint_every = 1, 2
@@ -60,7 +60,7 @@ def _sources(folder: str) -> list[dict]:
     return [
         *({'reader': 'emoji', 'path': str(path)} for path in packages),
         *(
-            {**named, 'path': str(path), 'style': str(path.relative_to(root))}
+            {**named, 'path': str(path), 'style': path.relative_to(root).parts[0]}
             for places in ('*/assets', '*/png/64')
             for path in sorted(root.glob(places))
         ),

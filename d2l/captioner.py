@@ -72,8 +72,11 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
     """Builds the captioner. Its contexts are `pixels [n, h, w, 3]`.
 
     Raises:
-      UserError: the patches cannot be pooled to so many soft tokens.
+      UserError: the patches cannot be pooled to so many soft tokens, or the words that the model
+        reads are not those that it unembeds.
     """
+    if not base.config.tie_embeddings:
+        raise UserError(f'{base.name}: its embeddings are not tied; a captioner mixes them')
     vision = VisionConfig(norm_eps=1e-6, activation='gelu', **config.vision)
     side = round(config.tokens_per_image**0.5)
     if side**2 != config.tokens_per_image or not side or vision.side % side:

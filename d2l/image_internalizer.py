@@ -45,6 +45,10 @@ class ImageInternalizer:
         self.trained, self.captioner = trained, captioner
         if captioner is not None:
             captioner.require('captioner')
+            if not captioner.config.hypernetwork.mix:
+                raise UserError(
+                    'this captioner is a first stage; train configs/captioner.py:smollm2 from it'
+                )
             self._process = ImageProcessor(captioner.config.hypernetwork.vision.image_size)
             self._soft = jax.jit(lambda *args: captioner.hypernetwork.generate(*args)[0])
         elif isinstance(encoder, MultimodalModel):

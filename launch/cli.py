@@ -15,7 +15,8 @@ def run(main):
     """Runs `main(argv)` as a command: parses the flags, then exits the process.
 
     Exit codes: 0 on success; 2 after a user's mistake (a UserError, a bad flag, a bad config file
-    or override), shown as one line `error: ...` on stderr; 130 after Ctrl-C. Any other exception is
+    or override, a package of an extra that is not installed), shown as one line `error: ...` on
+    stderr; 130 after Ctrl-C. Any other exception is
     a bug and keeps its traceback. Positional arguments are refused.
 
     Args:
@@ -32,6 +33,12 @@ def run(main):
         app.run(configured_main, flags_parser=_parse_flags)
     except UserError as error:
         print('error:', ' '.join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        print(
+            f'error: the package {error.name} is not installed; the extras in setup.py hold it',
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,5 +1,7 @@
 """The captioner: pictures become soft tokens that the frozen model reads."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,6 @@ from hyperlora.models.decoder import Decoder, prefix
 @pytest.fixture
 def config(package, tmp_path):  # noqa: F811
     config = configs.get_config(f'tiny,{package.parent}')
-    config.hypernetwork.vision.num_heads = 2
     config.data.update({'query_tokens': 110, 'answer_tokens': 20})
     return config
 
@@ -64,6 +65,9 @@ def test_soft_tokens_are_mixtures_of_words(config):
     config.hypernetwork.tokens_per_image = 3
     with pytest.raises(UserError, match='cannot be pooled'):
         captioner.build(config.hypernetwork, base, None)
+    untied = dataclasses.replace(base.config, tie_embeddings=False)
+    with pytest.raises(UserError, match='embeddings are not tied'):
+        captioner.build(config.hypernetwork, dataclasses.replace(base, config=untied), None)
 
 
 def test_groups_name_their_pictures(config):
@@ -155,5 +159,9 @@ def test_what_the_config_refuses(package, tmp_path):  # noqa: F811
         configs.get_config(str(tmp_path))
     with pytest.raises(UserError, match='name the workdir of the stage before'):
         configs.get_config(f'smollm2,{package.parent}')
+    (package.parent / 'fluent/assets').mkdir(parents=True)
     aligned = configs.get_config(f'align,{package.parent}')
+    assert [s['reader'] for s in aligned.data.sources] == ['emoji', 'code_points', 'digits']
+    assert aligned.data.sources[1]['style'] == 'fluent'
+    assert aligned.data.sources[1]['names'] == aligned.data.sources[0]['path'] == str(package)
     assert aligned.objective.places == aligned.hypernetwork.tokens_per_image

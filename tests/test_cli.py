@@ -26,6 +26,8 @@ flags.mark_flags_as_required(['config'])
 def main(argv):
     if _DO.value == 'mistake':
         raise UserError('two\\nlines')
+    if _DO.value == 'extra':
+        import package_of_an_extra
     if _DO.value == 'bug':
         raise ZeroDivisionError('a bug')
     if _DO.value == 'interrupt':
@@ -108,6 +110,12 @@ def test_mistakes_are_one_line_and_exit_2(command, args, parts):
     assert len(done.stderr.splitlines()) == 1, done.stderr
     for part in parts:
         assert part in done.stderr
+
+
+def test_a_missing_package_is_named(command):
+    done = command('--config=config.py', '--do=extra')
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert 'package_of_an_extra is not installed' in done.stderr
 
 
 def test_ctrl_c_is_quiet(command):

@@ -43,7 +43,6 @@ def model():
 @pytest.fixture
 def captioner(package):  # noqa: F811
     config = captioner_config.get_config(f'tiny,{package.parent}')
-    config.hypernetwork.vision.num_heads = 2
     return random_model(config)
 
 
@@ -68,6 +67,9 @@ def test_images_become_different_loras(model, captioner):
         ImageInternalizer(model)
     with pytest.raises(UserError, match='captioner'):
         ImageInternalizer(model, model)
+    captioner.config.hypernetwork.mix = False
+    with pytest.raises(UserError, match='a first stage'):
+        ImageInternalizer(model, captioner)
 
 
 def test_the_likeliest_name_is_chosen(model, captioner):
