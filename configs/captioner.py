@@ -7,8 +7,10 @@ EMOJI is a folder of the unpacked npm packages emoji-datasource-VENDOR and, if a
 @lobehub/fluent-emoji-3d and emojione-assets; the pictures of config.data.held_out are never trained
 on. Beside them stand two thirds of scikit-learn's handwritten digits (`.[pictures]`).
 
-`align` leads the soft tokens of a picture to the words of its name, which takes the tower alone;
-`smollm2` then trains them through the frozen model. `tiny,EMOJI`: a small tower, for tests.
+`align` leads the soft tokens of a picture to the words of its name, as the frozen model unembeds
+them; this takes no pass of the model, and is what d2l_images reads best. `smollm2` goes on through
+the frozen model, which must say the name; soft tokens that it has no use for then drift, and
+mislead a hypernetwork. `tiny,EMOJI`: a small tower, for tests.
 """
 
 import pathlib
@@ -18,7 +20,7 @@ from ml_collections import ConfigDict
 from hyperlora.errors import UserError
 
 # Of the stages: steps, pictures of a step, learning rate.
-_STAGES = {'align': (3000, 128, 1e-3), 'smollm2': (120, 16, 2e-4), 'tiny': (6, 4, 1e-3)}
+_STAGES = {'align': (800, 128, 1e-3), 'smollm2': (120, 16, 2e-4), 'tiny': (6, 4, 1e-3)}
 
 
 def get_config(argument: str = '') -> ConfigDict:

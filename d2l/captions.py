@@ -76,15 +76,16 @@ class Captions:
         rows = ((self.prompt, name) for _, name in chosen)
         query = packing.unpacked(rows, c.query_tokens, c.answer_tokens)
         process = ImageProcessor(c.image_size)
-        pixels = np.stack([process(_moved(rng, picture.image)) for picture, _ in chosen])
+        pixels = np.stack([process(_moved(rng, picture)) for picture, _ in chosen])
         return {'context': {'pixels': pixels}, 'query': query}
 
 
-def _moved(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """A random part of an image, of nearly all of it or more than it, on white; or its mirror."""
+def _moved(rng: np.random.Generator, picture: Picture) -> Image.Image:
+    """A random part of a picture, of nearly all of it or more than it, on white; or its mirror."""
+    image = picture.image
     width, height = image.size
     left, top, right, bottom = rng.uniform(-_MARGIN, _MARGIN, 4) * (width, height, width, height)
-    if rng.random() < 0.5:
+    if picture.mirrors and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     box = left, top, width + right, height + bottom
     return image.transform(

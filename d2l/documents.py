@@ -200,8 +200,11 @@ def read_words(count: int, seed: int = 0) -> Iterator[Document]:
 
 def read_names(path: str, asked: bool = True, seed: int = 0) -> Iterator[Document]:
     """The names in an emoji.json (see `d2l.pictures`), and those of digits, as texts that stand for
-    pictures: the name as it is, and three times its words in any order and number. No picture is
-    opened.
+    pictures: the name as it is, and four times its words in any order, some repeated; half of them
+    with an end of line, as a captioner ends a name. The last of the five is answered by some name
+    of the same group, so that things of a kind are likelier than others also when a picture is
+    taken for its like. As many texts again are of the ten digits; each is its own group. No picture
+    is opened.
 
     Args:
       asked: by `pictures.QUESTION`; otherwise the name is to be said without a question.
@@ -211,15 +214,25 @@ def read_names(path: str, asked: bool = True, seed: int = 0) -> Iterator[Documen
     """
     rng = random.Random(seed)
     question = QUESTION if asked else ''
-    found = [entry['name'] for entry in pictures.entries(path)]
-    for name in dict.fromkeys([*found, *pictures.DIGITS]):
+    groups = {entry['name']: entry.get('subcategory', '') for entry in pictures.entries(path)}
+    count = 5
+    count_of_digit = max(1, count * len(groups) // len(pictures.DIGITS))
+    groups |= {name: name for name in pictures.DIGITS}
+    alike: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        alike.setdefault(group, []).append(name)
+    for name, group in groups.items():
         words = name.split()
-        texts = [name]
-        for _ in range(3):
-            count = rng.randint(max(2, len(words)), max(4, len(words)))
-            texts.append(' '.join(rng.choices(words, k=count)))
-        for number, text in enumerate(texts):
-            yield Document(f'{name}/{number}', f'{PREFIX} {text}', (Question(question, (name,)),))
+        for number in range(count_of_digit if name in pictures.DIGITS else count):
+            chosen = list(words)
+            if number % count:
+                length = rng.randint(max(2, len(words)), max(4, len(words)))
+                chosen += rng.choices(words, k=length - len(words))
+                rng.shuffle(chosen)
+            end = rng.choice(('', '\n'))
+            text = f'{PREFIX} {" ".join(chosen)}{end}'
+            answer = rng.choice(alike[group]) if number % count == count - 1 else name
+            yield Document(f'{name}/{number}', text, (Question(question, (answer,)),))
 
 
 READERS: dict[str, Callable[..., Iterable[Document]]] = {

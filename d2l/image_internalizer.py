@@ -15,6 +15,7 @@ from PIL import Image
 
 from d2l import chunking
 from d2l.captioner import SHOTS
+from hyperlora import hypernetwork
 from hyperlora import lora as lora_lib
 from hyperlora.errors import UserError
 from hyperlora.lora import Lora
@@ -45,12 +46,11 @@ class ImageInternalizer:
         self.trained, self.captioner = trained, captioner
         if captioner is not None:
             captioner.require('captioner')
-            if not captioner.config.hypernetwork.mix:
-                raise UserError(
-                    'this captioner is a first stage; train configs/captioner.py:smollm2 from it'
-                )
-            self._process = ImageProcessor(captioner.config.hypernetwork.vision.image_size)
-            self._soft = jax.jit(lambda *args: captioner.hypernetwork.generate(*args)[0])
+            config = captioner.config.hypernetwork.copy_and_resolve_references()
+            config.mix = True  # also if it was only trained by `alignment`
+            mixing = hypernetwork.build(config, captioner.base)
+            self._process = ImageProcessor(config.vision.image_size)
+            self._soft = jax.jit(lambda *args: mixing.generate(*args)[0])
         elif isinstance(encoder, MultimodalModel):
             self._process = encoder.images
         else:

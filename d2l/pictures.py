@@ -47,12 +47,14 @@ class Picture:
       group: of things of a kind, such as `food-fruit`.
       style: who drew it.
       image: in red, green and blue, on white.
+      mirrors: whether its mirror image shows the same.
     """
 
     name: str
     group: str
     style: str
     image: Image.Image
+    mirrors: bool = True
 
 
 def entries(path: str) -> list[dict[str, Any]]:
@@ -135,7 +137,8 @@ def read_digits(held_out: bool = False) -> Iterator[Picture]:
     for image, label in pairs[cut:] if held_out else pairs[:cut]:
         grey = np.round(255 * (1 - image / 16)).astype(np.uint8)
         name = DIGITS[label]
-        yield Picture(name, name, 'handwriting', Image.fromarray(grey).convert('RGB'))
+        image = Image.fromarray(grey).convert('RGB')
+        yield Picture(name, name, 'handwriting', image, mirrors=False)
 
 
 def read_imagenette(

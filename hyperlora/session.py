@@ -25,7 +25,6 @@ from d2l.memory import Memory
 from d2l.prompts import in_context_prompt
 from hyperlora import adapters, generation, trained
 from hyperlora import lora as lora_lib
-from hyperlora.errors import UserError
 from hyperlora.lora import Lora
 from hyperlora.models import images, weights
 from hyperlora.models.base import BaseModel, hf_config, load_base
@@ -54,8 +53,8 @@ class Session:
         self,
         documents: str = 'smollm2-niah',
         tasks: str = 'smollm2-t2l',
-        images: str = '',
-        captioner: str = '',
+        images: str = 'smollm2-images',
+        captioner: str = 'smollm2-captioner',
         base: str | BaseModel | None = None,
         quantization: str | None = None,
         iterative: bool = False,
@@ -64,7 +63,6 @@ class Session:
         Args:
           documents, tasks, images: checkpoints, see `trained.load`; all for the same base model.
           captioner: what shows images to the checkpoint `images`; empty if that reads them itself.
-            No weights for images are shipped yet.
           base: that model or its name, if no checkpoint shall say.
           quantization: of the base model, see `load_base`; None for that of the training.
           iterative: internalise with less memory, more slowly.
@@ -88,11 +86,7 @@ class Session:
 
     @functools.cached_property
     def image_internalizer(self) -> ImageInternalizer:
-        """Raises UserError: no checkpoint; see `trained.load` and `ImageInternalizer`."""
-        if not self._images:
-            raise UserError(
-                'name a checkpoint that reads images: Session(images=..., captioner=...)'
-            )
+        """Raises UserError: see `trained.load` and `ImageInternalizer`."""
         captioner = self._load(self._captioner) if self._captioner else None
         return ImageInternalizer(self._load(self._images), captioner)
 

@@ -1,17 +1,22 @@
-"""A frozen model learns a document, and tasks, in one forward pass each.
+"""A frozen model learns a document, tasks and pictures, in one forward pass each.
 
     python -m launch.quickstart [--document=FILE --question=TEXT] [--task=TEXT --input=TEXT]
+        [--image=FILE]
 
 Doc-to-LoRA: hides a number in a document longer than the base model's window, internalises it, and
-asks. Text-to-LoRA: describes tasks, and answers inputs of them. With --document and --question, or
---task and --input, the same is done for yours.
+asks. Text-to-LoRA: describes tasks, and answers inputs of them. Then pictures go into the model,
+which sees none, and it is asked what they show. With --document and --question, --task and --input,
+or --image, the same is done for yours.
 """
 
+import pathlib
 import time
 
 from absl import flags
 
+import hyperlora
 from d2l import files
+from d2l.pictures import QUESTION
 from hyperlora.errors import UserError
 from launch import cli
 
@@ -25,6 +30,7 @@ _DOCUMENT = flags.DEFINE_string('document', None, 'Text, Markdown, HTML or PDF.'
 _QUESTION = flags.DEFINE_string('question', None, 'What to ask about the document.')
 _TASK = flags.DEFINE_string('task', None, 'Description of a task.')
 _INPUT = flags.DEFINE_multi_string('input', None, 'Input of that task; may be given repeatedly.')
+_IMAGE = flags.DEFINE_multi_string('image', [], 'A picture; may be given repeatedly.')
 _SEED = flags.DEFINE_integer(
     'seed', None, 'Of the number and its place; default: the clock.', lower_bound=0
 )
@@ -36,6 +42,7 @@ _TASKS = {
     'Turn the sentence into its negative.': ('The cat likes milk.', 'Anna went home.'),
     'Name the capital of the country.': ('Japan', 'Italy'),
 }
+_PICTURES = pathlib.Path(hyperlora.__file__).parent / 'demo/pictures'
 
 
 def compare(session, document, question, max_new_tokens):
@@ -81,14 +88,31 @@ def specialise(session, task, inputs):
         print('{:24}{:32}{}'.format(*row), flush=True)
 
 
+def look(session, paths):
+    """What the model, which sees no pictures, answers with the LoRA of each; prints a table."""
+    print(f'\n{QUESTION}\n{"picture":24}{"LoRA s":>8}  {"with the LoRA":24}without')
+    without = ' '.join(session.ask(QUESTION, None, 16).split())
+    for path in paths:
+        start = time.perf_counter()
+        adapter = session.internalize_image(path)
+        seconds = time.perf_counter() - start
+        answer = ' '.join(session.ask(QUESTION, adapter, 16).split())
+        print(f'{path.name:24}{seconds:8.1f}  {answer:24}{without}', flush=True)
+
+
 def main(_):
     if (_DOCUMENT.value is None) != (_QUESTION.value is None):
         raise UserError('--document and --question belong together: give both or neither')
     if (_TASK.value is None) != (_INPUT.value is None):
         raise UserError('--task and --input belong together: give both or neither')
     text = None if _DOCUMENT.value is None else files.read(_DOCUMENT.value)
+    pictures = [pathlib.Path(path) for path in _IMAGE.value]
     from d2l import niah
+    from hyperlora.models import images
     from hyperlora.session import Session
+
+    for path in pictures:
+        images.read(path)  # whether it can be, before anything takes long
 
     session = Session(_CHECKPOINT.value, _TASK_CHECKPOINT.value)
     tokenizer = session.internalizer.trained.hypernetwork.encoder.tokenizer
@@ -108,6 +132,7 @@ def main(_):
         specialise(session, task, inputs)
     if _TASK.value is not None:
         specialise(session, _TASK.value, _INPUT.value)
+    look(session, [*(_PICTURES / f'digit {name}.png' for name in ('four', 'seven')), *pictures])
 
 
 if __name__ == '__main__':

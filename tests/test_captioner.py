@@ -9,6 +9,7 @@ import optax
 import pytest
 from conftest import tiny_base
 from ml_collections import ConfigDict
+from PIL import Image
 from test_pictures import package  # noqa: F401
 
 from configs import captioner as configs
@@ -94,6 +95,19 @@ def test_groups_name_their_pictures(config):
     config.data.held_out = ('mine',)
     with pytest.raises(UserError, match='none of 0 pictures'):
         groups(config)
+
+
+def test_what_a_mirror_would_change_is_not_mirrored(config):
+    ink = Image.new('RGB', (16, 16), 'white')
+    ink.paste('black', (2, 2, 5, 14))  # at the left
+
+    def left_share(mirrors):
+        picture = pictures.Picture('a', '', '', ink, mirrors)
+        source = captions.Captions([picture], tiny_base().tokenizer, config.data, 0, 1)
+        dark = [1 - source[i]['context']['pixels'].mean(-1) for i in range(5)]
+        return np.mean([rows[..., :8].sum((1, 2)) > rows[..., 8:].sum((1, 2)) for rows in dark])
+
+    assert left_share(False) == 1 and 0 < left_share(True) < 1
 
 
 def test_the_loop_teaches_it(config):

@@ -484,6 +484,7 @@ def test_other_mistakes(command, document, tmp_path):
         assert_mistake(command('quickstart', **half), '--document', '--question')
     for half in ({'task': 'Shout.'}, {'input': 'red'}):
         assert_mistake(command('quickstart', **half), '--task', '--input')
+    assert_mistake(command('quickstart', image=document), f'{document}', 'not an image')
     assert_mistake(command('ask', adapter=tmp_path, question='Who?'), 'adapter_config.json')
     assert_mistake(
         command('export', workdir=tmp_path, output=tmp_path / 'out'), 'no complete checkpoint'

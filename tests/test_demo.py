@@ -195,8 +195,8 @@ def test_images(engine, do, tmp_path, monkeypatch):
     assert 'at most 20 MB' in status
     adapter = engine.session.internalize(TEXTS[0])
     monkeypatch.setattr(engine, 'image', lambda *_: adapter)
-    dog = str(pages._PICTURES / 'dog.png')
-    shown, *answers, _ = last(do.ask_image, 'a', 'some', dog, 'Who?', outputs=3)
+    seven = str(pages._PICTURES / 'digit seven.png')
+    shown, *answers, _ = last(do.ask_image, 'a', 'some', seven, 'Who?', outputs=3)
     assert answers == [engine.session.ask('Who?', adapter), engine.session.ask('Who?')]
     assert shown.size == (64, 64)
     assert last(do.keep_image, 'a', 'some', 'a.png', 'cat') == ('Kept as cat; see Adapters.',)
@@ -538,22 +538,20 @@ def test_a_task_and_adapters_in_the_browser(visit, tmp_path):
 
 @pytest.mark.slow
 def test_an_image_in_the_browser(visit, tmp_path):
-    if not engines.shipped(('d2l_images',)):
-        pytest.skip('no weights for images are shipped')
     page = visit(viewport={'width': 390, 'height': 800})
     page.get_by_role('tab', name='Image').click()
     give(page, 'x.png', b'MZ' + bytes(9))
     press(page, 'Ask the model, which sees no images')
     says(page, 'Status of the image', 'this file is not an image')
     press(page, 'Clear')
-    press(page, 'Example: dog')
+    press(page, 'Example: digit seven')
     page.get_by_role('button', name='Clear', exact=True).wait_for()
     press(page, 'Ask the model, which sees no images')
     says(page, 'Status of the image', 'side by side in')
-    assert field(page, 'Answer with the image').input_value() == 'dog'
-    assert 'dog' not in field(page, 'Answer without the image').input_value().split()
+    assert field(page, 'Answer with the image').input_value() == 'digit seven'
+    assert 'seven' not in field(page, 'Answer without the image').input_value().split()
     page.screenshot(path=tmp_path / 'image.png', full_page=True)
     assert page.evaluate('document.documentElement.scrollWidth') <= 390
-    field(page, 'Name to keep the LoRA of the image under').fill('dog')
+    field(page, 'Name to keep the LoRA of the image under').fill('seven')
     press(page, 'Keep the LoRA of the image')
-    says(page, 'Status of the image', 'Kept as dog')
+    says(page, 'Status of the image', 'Kept as seven')

@@ -67,9 +67,10 @@ def test_images_become_different_loras(model, captioner):
         ImageInternalizer(model)
     with pytest.raises(UserError, match='captioner'):
         ImageInternalizer(model, model)
+    # A captioner that was only aligned gives mixtures as well.
     captioner.config.hypernetwork.mix = False
-    with pytest.raises(UserError, match='a first stage'):
-        ImageInternalizer(model, captioner)
+    aligned = ImageInternalizer(model, captioner)
+    np.testing.assert_array_equal(aligned.soft_tokens(some), internalizer.soft_tokens(some))
 
 
 def test_the_likeliest_name_is_chosen(model, captioner):
@@ -158,8 +159,10 @@ def test_no_image_is_seen_in_training(package, tmp_path, monkeypatch):  # noqa: 
         text = base.tokenizer.decode(record.context)
         assert text.startswith(f'{pictures.PREFIX} ') and record.context.dtype == np.int32
         name = record.name.split('/')[0]
-        assert set(text.split()[1:]) <= set(name.split())
-        assert base.tokenizer.decode(record.queries[0].answer) == name
+        assert set(text.split()[1:]) == set(name.split())  # none is missing
+        said = base.tokenizer.decode(record.queries[0].answer)
+        alike = {'red dot', 'blue green dot', 'no picture'} if name not in pictures.DIGITS else ()
+        assert said == name or (said in alike and record.name.endswith('/4'))
     config = d2l_images.get_config('smollm2,RECORDS,START')
     assert config.hypernetwork.encoder.model == '' and config.data.name == 'documents'
 

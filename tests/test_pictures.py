@@ -72,6 +72,7 @@ def test_digits():
     assert len(found) == 1198 and len(held_out) == 599
     assert len({picture.name for picture in found + held_out}) == 10
     assert found[0].name == 'digit zero' and found[0].image.size == (8, 8)
+    assert not found[0].mirrors
     # Ink on white: a zero is white in its middle.
     zeros = np.mean([np.asarray(p.image) for p in found if p.name == 'digit zero'], 0)
     assert zeros[4, 4].mean() > 200 > 128 > zeros[4, 2].mean()

@@ -28,7 +28,8 @@ _TASKS = {
     'Turn the sentence into its negative.': 'The cat likes milk.',
     'Name the capital of the country.': 'Japan',
 }
-_PICTURES = Path(__file__).parent / 'pictures'  # Noto Emoji, Apache-2.0
+# Of each digit the first of those that scikit-learn's last third holds.
+_PICTURES = Path(__file__).parent / 'pictures'
 _DOWNLOAD_SECONDS = 3600  # that a file to download is kept
 _MAX_UPLOAD = 280 * 2**20  # bytes, of a zipped adapter
 
@@ -338,6 +339,7 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
             on(task_keep.click, do.keep_task, [*about, task_name], [], task_status)
 
         with gr.Tab('Image', visible=bool(engine.images)):
+            gr.Markdown('The shipped weights know handwritten digits, dark on white.')
             looker = gr.Dropdown(engine.images, label='Weights that read images')
             image = gr.File(label='An image: PNG, JPEG, GIF or WebP, at most 20 MB', height=120)
             with gr.Row():
