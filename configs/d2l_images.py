@@ -7,7 +7,8 @@
         --config.hypernetwork.encoder.model=GEMMA3 --workdir=DIR
 
 WORDS, NAMES and ASKED are what launch.generate_data makes of configs/documents.py:words,COUNT and
-:names,PACKAGE (NAMES with config.source.asked=False): texts about things. RECORDS are documents,
+:names,PACKAGE (NAMES with config.source.asked=False): texts about things. Once more `smollm2` from
+DIR3, on ASKED with config.source.digits=800, makes the shipped weights. RECORDS are documents,
 see configs/d2l_docs.py, for the encoder's tokenizer.
 
 `words`, `names` and `smollm2` are three stages on two CPU cores: to carry over any word, names of

@@ -198,16 +198,18 @@ def read_words(count: int, seed: int = 0) -> Iterator[Document]:
         yield Document(f'words/{seed}/{number}', text, (Question('', (word,)),))
 
 
-def read_names(path: str, asked: bool = True, seed: int = 0) -> Iterator[Document]:
+def read_names(
+    path: str, asked: bool = True, digits: int = 50, seed: int = 0
+) -> Iterator[Document]:
     """The names in an emoji.json (see `d2l.pictures`), and those of digits, as texts that stand for
     pictures: the name as it is, and four times its words in any order, some repeated; half of them
     with an end of line, as a captioner ends a name. The last of the five is answered by some name
     of the same group, so that things of a kind are likelier than others also when a picture is
-    taken for its like. As many texts again are of the ten digits; each is its own group. No picture
-    is opened.
+    taken for its like. Each digit is its own group. No picture is opened.
 
     Args:
       asked: by `pictures.QUESTION`; otherwise the name is to be said without a question.
+      digits: texts of each digit; with 800 they are half of all texts.
 
     Raises:
       UserError: not such a folder.
@@ -216,14 +218,13 @@ def read_names(path: str, asked: bool = True, seed: int = 0) -> Iterator[Documen
     question = QUESTION if asked else ''
     groups = {entry['name']: entry.get('subcategory', '') for entry in pictures.entries(path)}
     count = 5
-    count_of_digit = max(1, count * len(groups) // len(pictures.DIGITS))
     groups |= {name: name for name in pictures.DIGITS}
     alike: dict[str, list[str]] = {}
     for name, group in groups.items():
         alike.setdefault(group, []).append(name)
     for name, group in groups.items():
         words = name.split()
-        for number in range(count_of_digit if name in pictures.DIGITS else count):
+        for number in range(digits if name in pictures.DIGITS else count):
             chosen = list(words)
             if number % count:
                 length = rng.randint(max(2, len(words)), max(4, len(words)))
@@ -271,7 +272,7 @@ def source(text: str) -> dict[str, Any]:
             source if reader == 'words' else {**source, 'facts': (1, 8), 'split': split or 'train'}
         )
     if reader == 'names':
-        return {'reader': reader, 'path': path, 'asked': True, 'seed': 0}
+        return {'reader': reader, 'path': path, 'asked': True, 'digits': 50, 'seed': 0}
     return {'reader': reader, 'name' if reader == 'tfds' else 'path': path}
 
 
