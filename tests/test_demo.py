@@ -389,6 +389,12 @@ def ask_about(page):
     press(page, 'Ask')
 
 
+def open_from_menu(page, tab):
+    """Opens a tab that a phone has no room for."""
+    page.locator('.overflow-menu > button').click()
+    page.locator('.overflow-dropdown').get_by_text(tab, exact=True).click()
+
+
 @pytest.mark.slow
 def test_a_document_in_the_browser(visit, tmp_path):
     from playwright.sync_api import expect
@@ -505,7 +511,7 @@ def test_a_task_and_adapters_in_the_browser(visit, tmp_path):
         panel.locator('a[download]').last.click()
     assert 'city,cities' in answers.value.path().read_text()
 
-    page.get_by_role('tab', name='Adapters').click()
+    open_from_menu(page, 'Adapters')
     panel.get_by_text('task: Write the plural').filter(visible=True).first.wait_for()
     page.get_by_label('Adapter', exact=True).click()
     page.get_by_role('option', name='plural').click()
@@ -525,7 +531,7 @@ def test_a_task_and_adapters_in_the_browser(visit, tmp_path):
         (tmp_path / 'plural.zip', 'again', 'Kept as again'),
     ):
         page.reload()
-        page.get_by_role('tab', name='Adapters').click()
+        open_from_menu(page, 'Adapters')
         give(page, path.name, path.read_bytes())
         field(page, 'Name to keep it under').fill(name)
         press(page, 'Bring it')
@@ -539,8 +545,7 @@ def test_a_task_and_adapters_in_the_browser(visit, tmp_path):
 @pytest.mark.slow
 def test_an_image_in_the_browser(visit, tmp_path):
     page = visit(viewport={'width': 390, 'height': 800})
-    page.locator('.overflow-menu > button').click()  # of the tabs that a phone has no room for
-    page.locator('.overflow-dropdown').get_by_text('Image', exact=True).click()
+    open_from_menu(page, 'Image')
     give(page, 'x.png', b'MZ' + bytes(9))
     press(page, 'Ask the model, which sees no images')
     says(page, 'Status of the image', 'this file is not an image')
