@@ -3,13 +3,19 @@
     python -m launch.train --config=configs/t2l.py:smollm2,TASKS --workdir=DIR
 
 TASKS is a folder of tasks, a JSON file each; without it the generated tasks alone are trained on.
-With a comma and the workdir of a `reconstruction` after it, training starts from those weights.
+With a comma and a workdir after it, training starts from the weights there.
 Variants: `smollm2` (two CPU cores), `gemma2_2b`, `mistral_7b`, `llama3_8b` (the published settings,
 each for the TPUs that it names; for other devices set config.mesh and groups), `tiny` (seconds; for
-tests). For comparison, on SmolLM2 and the same loop: `multitask` (one LoRA, on the batches of
-`smollm2`), `per_task` (a LoRA for each task of the folder), and `reconstruction,LORAS` (a
-hypernetwork trained towards the LoRAs that a run of `per_task` left in the folder LORAS, rather
-than on examples).
+tests).
+
+What a task needs is learned from far fewer examples if it need not be found in a description at the
+same time. So `smollm2` best starts from two stages before it: `codes,TASKS` (a LoRA for each task,
+made of what they share) and `from_codes,CODES` (a hypernetwork that reads descriptions, towards the
+LoRAs in CODES).
+
+For comparison, on SmolLM2 and the same loop: `multitask` (one LoRA, on the batches of `smollm2`),
+`per_task` (a LoRA for each task of the folder), and `reconstruction,LORAS` (a hypernetwork trained
+towards the LoRAs that a run of `per_task` left in the folder LORAS, rather than on examples).
 """
 
 import functools
@@ -21,8 +27,6 @@ from t2l.collections import collect
 
 # Packed rows that a per-task LoRA sees of its task: as many as `smollm2` with all its tasks.
 _VISITS = 86
-
-_RECONSTRUCTS = {'head_init': 'random', 'z_score': True}
 
 # Tasks to hold out as a whole, by reader. Each has near relatives that are trained on (first and
 # last but not middle, French and German but not Spanish words, next month and previous weekday but
@@ -73,7 +77,9 @@ def get_config(argument: str = 'smollm2') -> ConfigDict:
         'tiny': _tiny,
         'multitask': _multitask,
         'per_task': _per_task,
+        'codes': _codes,
         'reconstruction': _reconstruction,
+        'from_codes': _from_codes,
         'gemma2_2b': functools.partial(_published, 'gemma2_2b', 'v5e:2x2', {'fsdp': 4}),
         'mistral_7b': functools.partial(_published, 'mistral_7b', *large),
         'llama3_8b': functools.partial(_published, 'llama3_8b', *large),
@@ -83,7 +89,6 @@ def get_config(argument: str = 'smollm2') -> ConfigDict:
     config = variants[variant](folder)
     if start:
         config.init_from = start
-        config.hypernetwork.shape.update(_RECONSTRUCTS)
     return config
 
 
@@ -132,6 +137,7 @@ def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> C
                     'encoder': 'linear',
                     'shared_head': False,
                     'per_rank': False,
+                    'per_layer_heads': False,
                     'head_init': 'lora',
                 },
             },
@@ -168,9 +174,16 @@ def _smollm2(folder: str) -> ConfigDict:
     config.log_every = 10
     config.checkpoint_every = 50
     config.hypernetwork.embedder = 'minilm'
-    config.hypernetwork.modules = ('down_proj', 'o_proj', 'q_proj', 'v_proj')
+    config.hypernetwork.modules = ('down_proj',)
     config.hypernetwork.shape.update(
-        {'embedding_width': 384, 'latent_size': 256, 'head_width': 384, 'scaling': 2 * 8**0.5}
+        {
+            'rank': 4,
+            'scaling': 2 * 8**0.5,
+            'embedding_width': 384,
+            'latent_size': 256,
+            'head_width': 64,
+            'per_layer_heads': True,
+        }
     )
     config.objective.label_smoothing = 0.0
     # Many tasks a step, with about two examples each: what tells tasks apart is learned sooner.
@@ -219,6 +232,19 @@ def _per_task(folder: str) -> ConfigDict:
     config = _multitask(folder)
     config.name = 'per_task'
     config.data.sources = config.data.sources[:1]
+    return _entries(config)
+
+
+def _codes(folder: str) -> ConfigDict:
+    """A LoRA per task that `smollm2` trains on, of the form that its heads can make."""
+    config = _multitask(folder)
+    config.name = 'codes'
+    config.hypernetwork.shape.codes = _smollm2('').hypernetwork.shape.head_width
+    return _entries(config)
+
+
+def _entries(config: ConfigDict) -> ConfigDict:
+    """As many entries as tasks, and the steps for them."""
     config.hypernetwork.shape.entries = entries = len(collect(config.data).train)
     _steps(config, -(-entries * _VISITS // config.groups))
     return config
@@ -226,19 +252,27 @@ def _per_task(folder: str) -> ConfigDict:
 
 def _reconstruction(loras: str) -> ConfigDict:
     """A hypernetwork that makes the LoRAs of the checkpoint `loras`."""
+    config = _from_codes(loras)
+    config.hypernetwork.shape.update({'head_init': 'random', 'z_score': True})
+    return config
+
+
+def _from_codes(loras: str) -> ConfigDict:
+    """The same for a run of `codes`, whose heads are taken over."""
     if not loras:
         raise UserError('name the LoRAs to reconstruct: configs/t2l.py:reconstruction,LORAS')
     config = _smollm2('')
     config.name = 'reconstruction'
     config.hypernetwork.loras = loras
-    config.hypernetwork.shape.update(_RECONSTRUCTS)
-    config.groups = 8
+    config.hypernetwork.shape.z_score = False
+    config.groups = 16
     config.objective = ConfigDict({'name': 'reconstruction', 'delta': False})
     config.data = ConfigDict(
         {
             'name': 'reconstruction',
             'loras': config.hypernetwork.get_ref('loras'),
             'z_score': config.hypernetwork.shape.get_ref('z_score'),
+            'description_noise': config.data.description_noise,
             'steps': 0,
             'tasks': (),
         }

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from d2l.perceiver import Perceiver, PerceiverConfig
-from hyperlora.layers import dense, torch_linear_init
+from hyperlora.layers import PerLayerDense, dense
 from hyperlora.lora import Lora, LoraPair
 from hyperlora.models.decoder import REMAT_POLICIES
 
@@ -84,27 +84,6 @@ class DocToLoraConfig:
             projection_width=4 * self.feature_width,
             remat=self.remat,
         )
-
-
-class PerLayerDense(nn.Module):
-    """A linear map with own weights for each layer: `[l, m, n, r, i]` -> `[l, m, n, r, o]`."""
-
-    features: int
-    axes: tuple[str, str]
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        layers, width = x.shape[0], x.shape[-1]
-        init = nn.with_logical_partitioning(
-            torch_linear_init(batch_axis=(0,)), ('layers', *self.axes)
-        )
-        kernel = self.param('kernel', init, (layers, width, self.features))
-        bias = self.param(
-            'bias',
-            nn.with_logical_partitioning(nn.initializers.zeros, ('layers', self.axes[1])),
-            (layers, self.features),
-        )
-        return jnp.einsum('lmnri,lio->lmnro', x, kernel) + bias[:, None, None, None]
 
 
 class ResidualMlp(nn.Module):

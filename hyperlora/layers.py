@@ -6,6 +6,7 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 # PyTorch's default for a linear map: uniform with deviation 1 / sqrt(3 fan_in).
 torch_linear_init = functools.partial(nn.initializers.variance_scaling, 1 / 3, 'fan_in', 'uniform')
@@ -36,3 +37,39 @@ def dense(
         dot_general=flat_dot_general,
         name=name,
     )
+
+
+class PerLayerDense(nn.Module):
+    """A linear map with own weights for each layer: `[l, ..., i]` -> `[l, ..., o]`.
+
+    Attributes:
+      features: o.
+      axes: logical names of i and o.
+      kernel_init: of `[l, i, o]`; PyTorch's start unless told.
+      bias_init: of `[l, o]`.
+    """
+
+    features: int
+    axes: tuple[str | None, str | None]
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer | None = None
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        layers, width = x.shape[0], x.shape[-1]
+        init = self.kernel_init or torch_linear_init(batch_axis=(0,))
+        kernel = self.param(
+            'kernel',
+            nn.with_logical_partitioning(init, ('layers', *self.axes)),
+            (layers, width, self.features),
+        )
+        y = jnp.einsum('l...i,lio->l...o', x, kernel)
+        if not self.use_bias:
+            return y
+        bias = self.param(
+            'bias',
+            nn.with_logical_partitioning(self.bias_init, ('layers', self.axes[1])),
+            (layers, self.features),
+        )
+        return y + bias.reshape(layers, *(1,) * (x.ndim - 2), self.features)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -37,11 +38,13 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
     """Builds the hypernetwork. Its contexts are embeddings: `{'embedding': [n, e]}`.
 
     Descriptions are embedded once, by the encoder, outside the training step. `config.loras`, a
-    checkpoint of a `LoraTable`, gives the statistics for z-scores and the multi-task LoRA (the mean
-    of its entries) that a fresh hypernetwork starts with.
+    checkpoint of a `LoraTable`, gives what a fresh hypernetwork starts with: the statistics for
+    z-scores and the multi-task LoRA (the mean of the entries); or, if the entries are made of codes
+    and each layer has one head for A and B, these heads, so that only the codes are left to learn.
 
     Raises:
-      UserError: unknown embedder, or one of another width; unknown target module.
+      UserError: unknown embedder, or one of another width; unknown target module; codes of another
+        width than the heads.
     """
     module = make_module(config, base.config)
     embedder = load_embedder(config.embedder, base)
@@ -56,10 +59,17 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
         return context['embedding'], None
 
     def start(params: Any) -> Any:
-        """Fills in the statistics of the LoRAs to reconstruct, or the multi-task LoRA."""
         if not config.get('loras'):
             return params
-        found = statistics(load_loras(config.loras, base, config).params)
+        table = load_loras(config.loras, base, config).params
+        c = module.config
+        if (
+            'codes' in table
+            and c.per_layer_heads
+            and not (c.z_score or c.shared_head or c.per_rank)
+        ):
+            return {**params, **_heads(table, c)}
+        found = statistics(table)
         known = {'mean': 'mean', 'deviation': 'deviation', 'offset': 'mean'}
         filled = {
             f'{kind}_{name}': x for kind, of in known.items() for name, x in found[of].items()
@@ -68,3 +78,21 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
 
     example = {'embedding': np.zeros((1, width), np.float32)}
     return Hypernetwork(module, embedder, encode, example, start)
+
+
+def _heads(table: dict[str, jax.Array], config: TextToLoraConfig) -> dict[str, Any]:
+    """The heads of every layer that make of a code what the table makes of it."""
+    width = table['codes'].shape[1]
+    if width != config.head_width:
+        raise UserError(f'the codes have width {width}, the heads read {config.head_width}')
+
+    def joined(factors):
+        return jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in factors], -1)
+
+    return {
+        f'head_{name}': {
+            'kernel': joined([table[f'head_{factor}_{name}'] for factor in 'ab']),
+            'bias': joined([table[f'{factor}_{name}'] for factor in 'ab'])[:, 0],
+        }
+        for name, _, _ in config.dims
+    }

@@ -133,6 +133,12 @@ class Methods:
         """The LoRA of the description; the input alone in the prompt."""
         return self._described(self.description(task, seed), examples)
 
+    def known_description(self, task, seed, examples) -> list[str] | None:
+        """The LoRA of a description that was trained on: what is lost by compression alone."""
+        if task.name not in self.specializer.trained.config.data.tasks or not task.descriptions:
+            return None
+        return self._described(task.descriptions[seed % len(task.descriptions)], examples)
+
     def multitask(self, task, seed, examples) -> list[str]:
         """One LoRA trained on all tasks."""
         return self._answer(examples, entries(self._table('multitask'), 0))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperlora.errors import UserError
-from hyperlora.layers import dense
+from hyperlora.layers import PerLayerDense, dense
 from hyperlora.lora import Lora, LoraPair
 from hyperlora.models.decoder import rotate
 from t2l.task_encoders import TASK_ENCODERS
@@ -44,6 +44,10 @@ class TextToLoraConfig:
         makes both at once.
       per_rank: the heads make one rank at a time, told apart by their position.
       learned_positions: those positions are learned rather than rotary.
+      per_layer_heads: each layer of the base model has heads of its own, as in Doc-to-LoRA; what
+        they read may be negative. Not in the paper, where all layers share a head, and so the
+        `head_width` directions that their LoRAs may take: with own heads a thirtieth of the width
+        does for 30 layers. Such heads can start as those of a `LoraTable` with codes.
       head_init: `lora`: heads start at a fresh LoRA, the same for all tasks and layers (the
         bias-HyperInit of Beck et al., 2023). `zero`: they start at nothing, for training on top of
         an offset. `random`: PyTorch's start, for reconstruction.
@@ -65,6 +69,7 @@ class TextToLoraConfig:
     shared_head: bool = False
     per_rank: bool = False
     learned_positions: bool = False
+    per_layer_heads: bool = False
     head_init: str = 'lora'
     offset: bool = False
     learn_offset: bool = False
@@ -109,11 +114,13 @@ class TextToLora(nn.Module):
         x = nn.LayerNorm(epsilon=1e-5, name='norm')(x)
         x = nn.silu(dense(4 * width, ('latent', 'mlp'), 'mlp3_up', use_bias=True)(x))
         x = _dropout(self, x)
-        x = nn.silu(dense(c.head_width, ('mlp', 'latent'), 'mlp3_down', use_bias=True)(x))
+        x = dense(c.head_width, ('mlp', 'latent'), 'mlp3_down', use_bias=True)(x)
+        if not c.per_layer_heads:
+            x = nn.silu(x)
 
         pairs = {}
         for m, (name, i, o) in enumerate(c.dims):
-            flat = self._head(name, i, o)(x[:, :, m])  # [n, l, f or 1, r or 1, outputs]
+            flat = self._head(name, i, o, x[:, :, m])  # [n, l, f or 1, r or 1, outputs]
             if c.shared_head:
                 flat = flat.reshape(count, c.num_layers, 2, c.rank, -1)
                 a, b = flat[:, :, 0, :, :i], flat[:, :, 1, :, :o]
@@ -155,8 +162,8 @@ class TextToLora(nn.Module):
         table = self.param(name, init, (*shape, width))
         return nn.LayerNorm(epsilon=1e-5, name=f'{name}_norm')(table)
 
-    def _head(self, name: str, i: int, o: int) -> nn.Dense:
-        """The linear map to A and B of a module."""
+    def _head(self, name: str, i: int, o: int, x: jax.Array) -> jax.Array:
+        """The linear map to A and B of a module, `[n, l, ..., d]` -> `[n, l, ..., outputs]`."""
         c = self.config
         outputs = (max(i, o) if c.shared_head else i + o) * (1 if c.per_rank else c.rank)
         # So that the delta's gradient is of the size it has for a plain LoRA.
@@ -168,17 +175,20 @@ class TextToLora(nn.Module):
             whole = jax.random.uniform(key, shape, dtype, -1, 1) / i**0.5
             if c.shared_head or c.per_rank:
                 return whole / shrink**0.5
-            return jnp.where(jnp.arange(shape[0]) < c.rank * i, whole, 0)
+            return jnp.where(jnp.arange(outputs) < c.rank * i, whole, 0)
 
         zeros = nn.initializers.zeros
-        return dense(
-            outputs,
-            ('latent', 'lora'),
-            f'head_{name}',
-            use_bias=c.head_init == 'lora' or (c.head_init == 'random' and not c.z_score),
-            kernel_init=None if c.head_init == 'random' else zeros,
-            bias_init=fresh_lora if c.head_init == 'lora' else zeros,
-        )
+        settings = {
+            'use_bias': c.head_init == 'lora' or (c.head_init == 'random' and not c.z_score),
+            'kernel_init': None if c.head_init == 'random' else zeros,
+            'bias_init': fresh_lora if c.head_init == 'lora' else zeros,
+        }
+        axes = 'latent', 'lora'
+        if not c.per_layer_heads:
+            return dense(outputs, axes, f'head_{name}', **settings)(x)
+        return PerLayerDense(outputs, axes, name=f'head_{name}', **settings)(
+            x.swapaxes(0, 1)
+        ).swapaxes(0, 1)
 
     def _raw(self, name: str, i: int, o: int, pair: LoraPair) -> LoraPair:
         """Undoes z-scores and adds the multi-task LoRA."""

@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 
 from hyperlora import trained
 from hyperlora.errors import UserError
+from hyperlora.lora_table import factors
 from hyperlora.models.base import BaseModel
 from hyperlora.models.embedders import Embedder
 from hyperlora.trained import Trained
 from t2l.collections import collect
-from t2l.data import embed
+from t2l.data import describe, embed
 
 
 def load_loras(checkpoint: str, base: BaseModel, fits: ConfigDict) -> Trained:
@@ -50,12 +51,12 @@ def statistics(table: Any) -> dict[str, dict[str, np.ndarray]]:
     """`mean` and (unbiased) standard `deviation` over the entries of every factor.
 
     Args:
-      table: parameters of a `LoraTable`: a_MODULE `[l, e, r, i]`, b_MODULE `[l, e, r, o]`.
+      table: parameters of a `LoraTable`.
 
     Returns:
-      The same names, `[l, r, i]` or `[l, r, o]`. One entry alone deviates by zero.
+      a_MODULE `[l, r, i]` and b_MODULE `[l, r, o]`. One entry alone deviates by zero.
     """
-    table = {name: np.asarray(x) for name, x in table.items()}
+    table = factors(table)
     return {
         'mean': {name: x.mean(1) for name, x in table.items()},
         'deviation': {name: x.std(1, ddof=min(1, x.shape[1] - 1)) for name, x in table.items()},
@@ -69,17 +70,25 @@ class Targets:
     """
 
     def __init__(
-        self, loras: Any, embeddings: list[np.ndarray], z_score: bool, seed: int, length: int
+        self,
+        loras: Any,
+        embeddings: list[np.ndarray],
+        z_score: bool,
+        noise: float,
+        seed: int,
+        length: int,
     ):
         """
         Args:
           loras: parameters of a `LoraTable`, one entry per task.
           embeddings: of the training descriptions of each task, `[descriptions, d]`.
           z_score: whether differences will be divided by the entries' deviation.
+          noise: of the descriptions, see `describe`.
           length: items in all.
         """
-        self.loras = {name: np.asarray(x) for name, x in loras.items()}
-        self.embeddings, self.seed, self.length = embeddings, seed, length
+        self.loras = factors(loras)
+        self.embeddings, self.noise = embeddings, noise
+        self.seed, self.length = seed, length
         self.deviation = statistics(loras)['deviation'] if z_score else {}
 
     def __len__(self) -> int:
@@ -92,7 +101,7 @@ class Targets:
         order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.embeddings))
         task = order[place]
         rng = np.random.default_rng((self.seed, 1, index))
-        embedding = self.embeddings[task][rng.integers(len(self.embeddings[task]))]
+        embedding = describe(rng, self.embeddings[task], self.noise)
         target: dict[str, dict[str, np.ndarray]] = {}
         for name, entries in self.loras.items():
             factor, module = name.split('_', 1)
@@ -106,7 +115,7 @@ class Targets:
 def example(config: ConfigDict, base: BaseModel, encoder: Embedder) -> dict[str, dict[str, Any]]:
     """One pair, all alike in shape; see `data.abstract`."""
     embeddings = [np.zeros((1, encoder.width), np.float32)]
-    return Targets(trained.read(config.loras)[1], embeddings, config.z_score, 0, 1)[0]
+    return Targets(trained.read(config.loras)[1], embeddings, config.z_score, 0.0, 0, 1)[0]
 
 
 def build(
@@ -132,6 +141,7 @@ def build(
         table.params,
         embed(encoder, tasks),
         config.z_score,
+        config.description_noise,
         seed,
         config.steps * groups_per_step,
     )

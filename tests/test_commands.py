@@ -36,6 +36,7 @@ from hyperlora.models import weights
 from hyperlora.session import Session
 from t2l import evaluation as t2l_evaluation
 from t2l.specialize import Specializer
+from t2l.tasks import Task
 
 DOCUMENT = 'The keeper of the lighthouse is called Mara. ' * 30
 
@@ -236,7 +237,7 @@ def task_checkpoint(base, tmp_path_factory):
 def test_adapt_to_a_task(command, checkpoint, task_checkpoint, document, base, tmp_path):
     task, output = 'Write the word in capital letters.', tmp_path / 'adapter'
     code, out, err = command('adapt', checkpoint=task_checkpoint, task=task, output=output)
-    assert code == 0 and 'rank 8' in out, err
+    assert code == 0 and 'rank 4' in out, err
     wanted = Specializer(trained.load(str(task_checkpoint), base))(['Another task.', task])
     saved = adapters.load(output, base.config, base.fingerprint)
     np.testing.assert_allclose(
@@ -288,7 +289,7 @@ def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
     metrics = json.loads((tmp_path / 'run/metrics.json').read_text())
     scores = metrics['exact_match']
     assert set(scores) == {'shout', 'whisper'}
-    plain = {'multitask', 'per_task', 'average'}
+    plain = {'known_description', 'multitask', 'per_task', 'average'}
     assert set(scores['shout']) == set(t2l_evaluation.METHODS) - plain
     # Alone the base model answers rightly; what is added to prompt or weights confuses it.
     assert scores['shout']['zero_shot'] == 1 and scores['shout']['description_in_prompt'] == 0
@@ -296,7 +297,7 @@ def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
     settings['config_methods'] = 't2l,zero_shot,guess'
     assert_mistake(command('evaluate', **settings), 'unknown methods guess;')
 
-    settings['config_methods'] = 'zero_shot,multitask,per_task,average'
+    settings['config_methods'] = 'zero_shot,known_description,multitask,per_task,average'
     settings['workdir'] = tmp_path / 'plain'
     assert_mistake(command('evaluate', **settings), '--config.multitask=CHECKPOINT')
     write_table(tmp_path / 'one', base, entries=1, tasks=('whisper', 'other'), scaling=0.0)
@@ -314,6 +315,21 @@ def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
         'whisper': {'zero_shot': 1.0, 'multitask': 1.0, 'per_task': 0.0, 'average': 0.0},
     }
     assert 'per_task' not in metrics['average']['unseen']
+
+
+def test_descriptions_of_tasks_that_were_trained_on(task_checkpoint, base, monkeypatch):
+    model = trained.load(str(task_checkpoint), base)
+    model.config.data.tasks = ('shout',)
+    methods = t2l_evaluation.Methods(Specializer(model), [])
+    monkeypatch.setattr(methods, '_described', lambda description, examples: [description])
+    parts = {'source': '', 'license': '', 'train': (), 'test': ()}
+    texts = {'descriptions': ('One.', 'Two.'), 'test_descriptions': ('Three.',)}
+    shout, whisper = (Task(name=name, **parts, **texts) for name in ('shout', 'whisper'))
+    assert {*(methods.t2l(shout, seed, ())[0] for seed in range(3))} == {'Three.'}
+    assert {*(methods.t2l(whisper, seed, ())[0] for seed in range(3))} == {'One.', 'Two.', 'Three.'}
+    known = [methods.known_description(shout, seed, ()) for seed in range(3)]
+    assert known == [['One.'], ['Two.'], ['One.']]
+    assert methods.known_description(whisper, 0, ()) is None
 
 
 def test_export_of_a_training(command, untrained, base, tmp_path):

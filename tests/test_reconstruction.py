@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from configs import t2l
 from hyperlora import checkpointing, hypernetwork, meta_learning, trained
 from hyperlora.errors import UserError
+from hyperlora.lora_table import factors
 from t2l.reconstruction import Targets, statistics
 
 TASKS = ('first_word', 'last_word', 'uppercase')
@@ -26,11 +27,13 @@ def base(monkeypatch):
     return tiny_base()
 
 
-def write_table(folder, base, entries=3, scaling=2.0, tasks=TASKS):
+def write_table(folder, base, entries=3, scaling=2.0, tasks=TASKS, codes=0):
     """A table of random LoRAs for q_proj, as `launch.export` would write it."""
     config = t2l.get_config('multitask')
     config.hypernetwork.modules = ('q_proj',)
-    config.hypernetwork.shape.update({'rank': 2, 'scaling': scaling, 'entries': entries})
+    config.hypernetwork.shape.update(
+        {'rank': 2, 'scaling': scaling, 'entries': entries, 'codes': codes}
+    )
     config.data.sources = ({'reader': 'generated', 'names': TASKS, 'train': 4, 'test': 2},)
     config.data.tasks = tasks
     built = hypernetwork.build(config.hypernetwork, base)
@@ -51,8 +54,8 @@ def write_table(folder, base, entries=3, scaling=2.0, tasks=TASKS):
     return params
 
 
-def settings(table, **shape):
-    config = t2l.get_config(f'reconstruction,{table}')
+def settings(table, variant='reconstruction', **shape):
+    config = t2l.get_config(f'{variant},{table}')
     config.hypernetwork.modules = ('q_proj',)
     config.hypernetwork.shape.update(
         {'rank': 2, 'scaling': 2.0, 'latent_size': 32, 'head_width': 32, **shape}
@@ -68,7 +71,7 @@ def test_targets_are_the_entries():
     rng = np.random.default_rng(0)
     loras = {'a_down_proj': rng.random((3, 5, 2, 7)), 'b_down_proj': rng.random((3, 5, 2, 4))}
     embeddings = [np.full((2, 6), task) + [[0], [0.5]] for task in range(5)]
-    source = Targets(loras, embeddings, z_score=True, seed=3, length=20)
+    source = Targets(loras, embeddings, z_score=True, noise=0.0, seed=3, length=20)
     assert len(source) == 20
     seen = []
     for index in range(20):
@@ -137,6 +140,37 @@ def test_a_multitask_lora_as_offset(base, tmp_path):
     mean = jax.tree.map(lambda x: x.mean(1), params)
     np.testing.assert_allclose(made.pairs['q_proj'].a[:, 0], mean['a_q_proj'], rtol=1e-5)
     np.testing.assert_allclose(made.pairs['q_proj'].b[:, 0], mean['b_q_proj'], rtol=1e-5)
+
+
+def test_heads_of_a_table_with_codes(base, tmp_path):
+    """They are taken over: a hypernetwork that gives a task's code makes the task's LoRA."""
+    params = write_table(tmp_path / 'table', base, codes=5)
+    config = settings(tmp_path / 'table', 'from_codes', head_width=5)
+    built = hypernetwork.build(config.hypernetwork, base)
+    fresh = nn.unbox(jax.jit(built.init)(jax.random.key(0), built.encoder.params))
+    started = built.start(fresh)
+    last = started['mlp3_down']
+    entries = factors(params)
+    assert np.ptp(entries['b_q_proj'], axis=1).max() > 0.04
+    for task in range(3):
+        code = {'kernel': np.zeros_like(last['kernel']), 'bias': params['codes'][task]}
+        context = {'embedding': np.ones((1, 384), np.float32)}
+        made, _ = built.generate({**started, 'mlp3_down': code}, None, context)
+        pair = made.pairs['q_proj']
+        np.testing.assert_allclose(pair.a[:, 0], entries['a_q_proj'][:, task], atol=1e-6)
+        np.testing.assert_allclose(pair.b[:, 0], entries['b_q_proj'][:, task], atol=1e-6)
+    config.hypernetwork.shape.head_width = 6
+    with pytest.raises(UserError, match='the codes have width 5, the heads read 6'):
+        hypernetwork.build(config.hypernetwork, base).start(fresh)
+
+
+def test_training_towards_codes(base, tmp_path):
+    write_table(tmp_path / 'table', base, codes=5)
+    config = settings(tmp_path / 'table', 'from_codes', head_width=5)
+    meta_learning.train(config, str(tmp_path / 'run'))
+    log = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+    assert log[-1]['loss'] < 0.6 * log[0]['loss']
+    assert log[-1]['loss'] == log[-1]['error']  # no z-scores
 
 
 def test_loras_that_do_not_fit(base, tmp_path):

@@ -17,6 +17,7 @@ from hyperlora import hypernetwork, objectives, torch_files
 from hyperlora.data.packing import pack
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
+from hyperlora.lora_table import factors
 from hyperlora.meta_learning import Learner
 from hyperlora.models.base import load_params
 from hyperlora.models.decoder import Decoder
@@ -222,6 +223,33 @@ def test_every_task_has_its_lora(encoder):
     assert np.abs(noisy.pairs['q_proj'].a - whole.pairs['q_proj'].a).max() > 1e-4
 
 
+@pytest.mark.parametrize('size', SIZES)
+def test_heads_of_each_layer(size):
+    """Alike, they are the shared head; changed, they change their own layer."""
+    embeddings = np.random.default_rng(0).standard_normal((2, 24)).astype(np.float32)
+    shared, own = (
+        make(head_init='random', per_layer_heads=x, **SIZES[size]) for x in (False, True)
+    )
+    params = nn.unbox(jax.jit(shared.init)(jax.random.key(0), embeddings))['params']
+    copies = {
+        name: jax.tree.map(lambda x: np.stack([x] * 3), p) if name.startswith('head_') else p
+        for name, p in params.items()
+    }
+    expected = jax.eval_shape(own.init, jax.random.key(0), embeddings)['params']
+    assert jax.tree.map(np.shape, copies) == jax.tree.map(np.shape, nn.unbox(expected))
+    made = apply(own, copies, embeddings).pairs
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
+        made,
+        apply(shared, params, embeddings).pairs,
+    )
+    copies['head_q_proj']['kernel'][1] += 1
+    changed = apply(own, copies, embeddings).pairs
+    np.testing.assert_array_equal(changed['down_proj'].a, made['down_proj'].a)
+    moved = np.abs(changed['q_proj'].a - made['q_proj'].a).max((1, 2, 3))
+    assert moved[1] > 1e-2 and not moved[[0, 2]].any()
+
+
 def test_codes_follow_the_embeddings():
     module = make(encoder='vq', head_init='random')
     embeddings = np.random.default_rng(0).standard_normal((6, 24)).astype(np.float32)
@@ -421,3 +449,28 @@ def test_a_table_of_loras():
     gradient = jax.grad(lambda p: generate(p).pairs['q_proj'].a[:, 0].sum())(params)
     touched = np.asarray(gradient['a_q_proj']).any((0, 2, 3))
     np.testing.assert_array_equal(touched, [False, True, False])
+
+
+def test_a_table_of_codes():
+    """Entries are sums, weighted by their codes, of LoRAs that all share, on top of one."""
+    base = tiny_base()
+    shape = {'rank': 2, 'scaling': 2.0, 'entries': 3, 'codes': 4}
+    config = ConfigDict({'name': 'lora_table', 'modules': ('q_proj', 'down_proj'), 'shape': shape})
+    built = hypernetwork.build(config, base)
+    params = nn.unbox(jax.jit(built.init)(jax.random.key(0), base.params))
+    context = {'task': np.asarray([2, 0], np.int32)}
+    fresh, _ = built.generate(params, base.params, context)
+    for pair in fresh.pairs.values():
+        assert not np.any(pair.b) and np.any(pair.a)
+        np.testing.assert_array_equal(pair.a[:, 0], pair.a[:, 1])
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), params)
+    made, _ = built.generate(params, base.params, context)
+    entries = factors(params)
+    assert entries.keys() == {'a_q_proj', 'b_q_proj', 'a_down_proj', 'b_down_proj'}
+    for row, task in enumerate((2, 0)):
+        wanted = params['b_down_proj'][:, 0] + sum(
+            params['codes'][task, d] * params['head_b_down_proj'][:, d] for d in range(4)
+        )
+        np.testing.assert_allclose(made.pairs['down_proj'].b[:, row], wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(entries['b_down_proj'][:, task], wanted, rtol=1e-4, atol=1e-5)
