@@ -3,15 +3,14 @@
     python -m launch.train --config=configs/t2l.py:smollm2,TASKS --workdir=DIR
 
 TASKS is a folder of tasks, a JSON file each; without it the generated tasks alone are trained on.
-With a comma and a workdir after it, training starts from the weights there.
 Variants: `smollm2` (two CPU cores), `gemma2_2b`, `mistral_7b`, `llama3_8b` (the published settings,
 each for the TPUs that it names; for other devices set config.mesh and groups), `tiny` (seconds; for
 tests).
 
-What a task needs is learned from far fewer examples if it need not be found in a description at the
-same time. So `smollm2` best starts from two stages before it: `codes,TASKS` (a LoRA for each task,
-made of what they share) and `from_codes,CODES` (a hypernetwork that reads descriptions, towards the
-LoRAs in CODES).
+For tasks that are known, three stages learn more from fewer examples: `codes,TASKS` (a LoRA for
+each task, made of what all share; no description is read), `from_codes,CODES` (a hypernetwork that
+learns to make the LoRAs in CODES from descriptions) and `after_codes,TASKS,DIR` (the hypernetwork
+in DIR, trained further on examples).
 
 For comparison, on SmolLM2 and the same loop: `multitask` (one LoRA, on the batches of `smollm2`),
 `per_task` (a LoRA for each task of the folder), and `reconstruction,LORAS` (a hypernetwork trained
@@ -65,7 +64,7 @@ HELD_OUT = {
 
 
 def get_config(argument: str = 'smollm2') -> ConfigDict:
-    """The config of a variant, of a folder of tasks, and of what `smollm2` starts from.
+    """The config of a variant, of a folder of tasks or LoRAs, and of what training starts from.
 
     Raises:
       UserError: no such variant.
@@ -80,6 +79,7 @@ def get_config(argument: str = 'smollm2') -> ConfigDict:
         'codes': _codes,
         'reconstruction': _reconstruction,
         'from_codes': _from_codes,
+        'after_codes': _after_codes,
         'gemma2_2b': functools.partial(_published, 'gemma2_2b', 'v5e:2x2', {'fsdp': 4}),
         'mistral_7b': functools.partial(_published, 'mistral_7b', *large),
         'llama3_8b': functools.partial(_published, 'llama3_8b', *large),
@@ -87,8 +87,7 @@ def get_config(argument: str = 'smollm2') -> ConfigDict:
     if variant not in variants:
         raise UserError(f'unknown variant {variant!r} of t2l; known: {", ".join(variants)}')
     config = variants[variant](folder)
-    if start:
-        config.init_from = start
+    config.init_from = start
     return config
 
 
@@ -139,6 +138,7 @@ def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> C
                     'per_rank': False,
                     'per_layer_heads': False,
                     'head_init': 'lora',
+                    'z_score': False,
                 },
             },
             'objective': {'name': 'cross_entropy', 'label_smoothing': 0.1, 'l2': 1e-3},
@@ -174,16 +174,9 @@ def _smollm2(folder: str) -> ConfigDict:
     config.log_every = 10
     config.checkpoint_every = 50
     config.hypernetwork.embedder = 'minilm'
-    config.hypernetwork.modules = ('down_proj',)
+    config.hypernetwork.modules = ('down_proj', 'o_proj', 'q_proj', 'v_proj')
     config.hypernetwork.shape.update(
-        {
-            'rank': 4,
-            'scaling': 2 * 8**0.5,
-            'embedding_width': 384,
-            'latent_size': 256,
-            'head_width': 64,
-            'per_layer_heads': True,
-        }
+        {'embedding_width': 384, 'latent_size': 256, 'head_width': 384, 'scaling': 2 * 8**0.5}
     )
     config.objective.label_smoothing = 0.0
     # Many tasks a step, with about two examples each: what tells tasks apart is learned sooner.
@@ -236,10 +229,11 @@ def _per_task(folder: str) -> ConfigDict:
 
 
 def _codes(folder: str) -> ConfigDict:
-    """A LoRA per task that `smollm2` trains on, of the form that its heads can make."""
-    config = _multitask(folder)
+    """A LoRA per task that `smollm2` trains on, of the form that heads for each layer make."""
+    config, made = _multitask(folder), _after_codes('').hypernetwork
     config.name = 'codes'
-    config.hypernetwork.shape.codes = _smollm2('').hypernetwork.shape.head_width
+    config.hypernetwork.modules = made.modules
+    config.hypernetwork.shape.update({'rank': made.shape.rank, 'codes': made.shape.head_width})
     return _entries(config)
 
 
@@ -250,22 +244,38 @@ def _entries(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _reconstruction(loras: str) -> ConfigDict:
-    """A hypernetwork that makes the LoRAs of the checkpoint `loras`."""
-    config = _from_codes(loras)
-    config.hypernetwork.shape.update({'head_init': 'random', 'z_score': True})
+def _after_codes(folder: str) -> ConfigDict:
+    """A hypernetwork with heads for each layer, on what `smollm2` trains on."""
+    config = _smollm2(folder)
+    config.hypernetwork.modules = ('down_proj',)
+    config.hypernetwork.shape.update({'rank': 4, 'head_width': 64, 'per_layer_heads': True})
     return config
 
 
 def _from_codes(loras: str) -> ConfigDict:
-    """The same for a run of `codes`, whose heads are taken over."""
+    """The same, which makes the LoRAs of `codes`, whose heads it takes over."""
+    config = _towards(loras, _after_codes(''))
+    config.groups = 16
+    _steps(config, 3000)
+    return config
+
+
+def _reconstruction(loras: str) -> ConfigDict:
+    """A hypernetwork that makes the LoRAs of `per_task`."""
+    config = _smollm2('')
+    config.hypernetwork.shape.update({'head_init': 'random', 'z_score': True})
+    config = _towards(loras, config)
+    config.groups = 8
+    _steps(config, 2000)
+    return config
+
+
+def _towards(loras: str, config: ConfigDict) -> ConfigDict:
+    """Training towards the LoRAs of a checkpoint, instead of on examples."""
     if not loras:
         raise UserError('name the LoRAs to reconstruct: configs/t2l.py:reconstruction,LORAS')
-    config = _smollm2('')
     config.name = 'reconstruction'
     config.hypernetwork.loras = loras
-    config.hypernetwork.shape.z_score = False
-    config.groups = 16
     config.objective = ConfigDict({'name': 'reconstruction', 'delta': False})
     config.data = ConfigDict(
         {
@@ -277,7 +287,6 @@ def _from_codes(loras: str) -> ConfigDict:
             'tasks': (),
         }
     )
-    _steps(config, 2000)
     config.optimizer.learning_rate = 1e-3
     return config
 

@@ -237,7 +237,7 @@ def task_checkpoint(base, tmp_path_factory):
 def test_adapt_to_a_task(command, checkpoint, task_checkpoint, document, base, tmp_path):
     task, output = 'Write the word in capital letters.', tmp_path / 'adapter'
     code, out, err = command('adapt', checkpoint=task_checkpoint, task=task, output=output)
-    assert code == 0 and 'rank 4' in out, err
+    assert code == 0 and 'rank 8' in out, err
     wanted = Specializer(trained.load(str(task_checkpoint), base))(['Another task.', task])
     saved = adapters.load(output, base.config, base.fingerprint)
     np.testing.assert_allclose(

@@ -231,6 +231,8 @@ def test_heads_of_each_layer(size):
         make(head_init='random', per_layer_heads=x, **SIZES[size]) for x in (False, True)
     )
     params = nn.unbox(jax.jit(shared.init)(jax.random.key(0), embeddings))['params']
+    # What heads read passes a silu only where they are shared; far above 0 that changes nothing.
+    params['mlp3_down']['bias'] += 40.0
     copies = {
         name: jax.tree.map(lambda x: np.stack([x] * 3), p) if name.startswith('head_') else p
         for name, p in params.items()
@@ -239,7 +241,7 @@ def test_heads_of_each_layer(size):
     assert jax.tree.map(np.shape, copies) == jax.tree.map(np.shape, nn.unbox(expected))
     made = apply(own, copies, embeddings).pairs
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3),
         made,
         apply(shared, params, embeddings).pairs,
     )
