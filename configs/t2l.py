@@ -275,6 +275,7 @@ def _towards(loras: str, config: ConfigDict) -> ConfigDict:
     if not loras:
         raise UserError('name the LoRAs to reconstruct: configs/t2l.py:reconstruction,LORAS')
     config.name = 'reconstruction'
+    config.checkpoint_every = 500  # steps are short
     config.hypernetwork.loras = loras
     config.objective = ConfigDict({'name': 'reconstruction', 'delta': False})
     config.data = ConfigDict(
