@@ -273,7 +273,7 @@ def _reconstruction(loras: str) -> ConfigDict:
 def _towards(loras: str, config: ConfigDict) -> ConfigDict:
     """Training towards the LoRAs of a checkpoint, instead of on examples."""
     if not loras:
-        raise UserError('name the LoRAs to reconstruct: configs/t2l.py:reconstruction,LORAS')
+        raise UserError('name the LoRAs to reconstruct after a comma: configs/t2l.py:VARIANT,LORAS')
     config.name = 'reconstruction'
     config.checkpoint_every = 500  # steps are short
     config.hypernetwork.loras = loras

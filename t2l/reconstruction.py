@@ -51,7 +51,7 @@ def statistics(table: Any) -> dict[str, dict[str, np.ndarray]]:
     """`mean` and (unbiased) standard `deviation` over the entries of every factor.
 
     Args:
-      table: parameters of a `LoraTable`.
+      table: parameters of a `LoraTable`, or its `factors`.
 
     Returns:
       a_MODULE `[l, r, i]` and b_MODULE `[l, r, o]`. One entry alone deviates by zero.
@@ -89,7 +89,7 @@ class Targets:
         self.loras = factors(loras)
         self.embeddings, self.noise = embeddings, noise
         self.seed, self.length = seed, length
-        self.deviation = statistics(loras)['deviation'] if z_score else {}
+        self.deviation = statistics(self.loras)['deviation'] if z_score else {}
 
     def __len__(self) -> int:
         return self.length
