@@ -24,7 +24,7 @@ setuptools.setup(
     package_data={
         'd2l': ['facts.yaml'],
         'hyperlora': ['demo/pictures/*', 'pretrained/**'],
-        't2l': ['words.yaml', 'descriptions/*.yaml'],
+        't2l': ['*.yaml', 'descriptions/*.yaml'],
     },
     install_requires=[
         'absl-py',

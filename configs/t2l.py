@@ -92,10 +92,13 @@ def get_config(argument: str = 'smollm2') -> ConfigDict:
 
 
 def _sources(folder: str) -> tuple[dict, ...]:
-    generated = {'reader': 'generated', 'held_out': HELD_OUT['generated']}
+    generated = (
+        {'reader': 'generated', 'held_out': HELD_OUT['generated']},
+        {'reader': 'parametric', 'weight': 0.25},
+    )
     if not folder:
-        return (generated,)
-    return ({'reader': 'json', 'path': folder, 'held_out': HELD_OUT['json']}, generated)
+        return generated
+    return ({'reader': 'json', 'path': folder, 'held_out': HELD_OUT['json']}, *generated)
 
 
 def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> ConfigDict:
@@ -229,8 +232,9 @@ def _per_task(folder: str) -> ConfigDict:
 
 
 def _codes(folder: str) -> ConfigDict:
-    """A LoRA per task that `smollm2` trains on, of the form that heads for each layer make."""
+    """A LoRA per task that `after_codes` trains on, of the form that heads for each layer make."""
     config, made = _multitask(folder), _after_codes('').hypernetwork
+    config.data.sources = config.data.sources[:-1]
     config.name = 'codes'
     config.hypernetwork.modules = made.modules
     config.hypernetwork.shape.update({'rank': made.shape.rank, 'codes': made.shape.head_width})
@@ -245,8 +249,10 @@ def _entries(config: ConfigDict) -> ConfigDict:
 
 
 def _after_codes(folder: str) -> ConfigDict:
-    """A hypernetwork with heads for each layer, on what `smollm2` trains on."""
+    """A hypernetwork with heads for each layer, on the tasks that `smollm2` trains on but those by
+    rules."""
     config = _smollm2(folder)
+    config.data.sources = config.data.sources[:-1]
     config.hypernetwork.modules = ('down_proj',)
     config.hypernetwork.shape.update({'rank': 4, 'head_width': 64, 'per_layer_heads': True})
     return config

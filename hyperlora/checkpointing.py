@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+import textwrap
 
 import flax.traverse_util
 import jax
@@ -230,8 +231,12 @@ def check_meta(saved: dict, current: dict):
             '--config.accumulate so that they agree'
         )
     old, new = _settings(saved['config']), _settings(current['config'])
+
+    def value(settings: dict, key: str) -> str:
+        return textwrap.shorten(str(settings.get(key, 'absent')), 80, placeholder=' ...')
+
     changes = [
-        f'{key}: {old.get(key, "absent")} -> {new.get(key, "absent")}'
+        f'{key}: {value(old, key)} -> {value(new, key)}'
         for key in sorted(old.keys() | new.keys())
         if old.get(key, 'absent') != new.get(key, 'absent')
     ]

@@ -68,6 +68,7 @@ class Collection:
 
     train: tuple[Task, ...]
     held_out: tuple[Task, ...]
+    weights: tuple[float, ...]  # of the tasks to train on: how often each is drawn
 
 
 def _read_generated(
@@ -77,6 +78,13 @@ def _read_generated(
     from t2l import generated  # its libraries are an extra
 
     return [generated.generate(name, seed, train, test) for name in names or generated.RECIPES]
+
+
+def _read_parametric(seed: int = 0, train: int = 200, test: int = 100) -> list[Task]:
+    """Tasks by rules; see `parametric`."""
+    from t2l import parametric
+
+    return [parametric.generate(name, seed, train, test) for name in parametric.RECIPES]
 
 
 def _read_benchmarks(names: tuple[str, ...] = (), data_dir: str | None = None) -> list[Task]:
@@ -94,16 +102,17 @@ def _read_records(path: str) -> list[Task]:
 READERS: dict[str, Callable[..., list[Task]]] = {
     **tasks.READERS,
     'generated': _read_generated,
+    'parametric': _read_parametric,
     'benchmarks': _read_benchmarks,
     'records': _read_records,
 }
 
 
 def collect(config: ConfigDict) -> Collection:
-    """Reads the tasks of a config {sources: [{reader, held_out, ...}]}.
+    """Reads the tasks of a config {sources: [{reader, held_out, weight, ...}]}.
 
-    A source names its reader and the tasks to hold out; what else it says are arguments of the
-    reader.
+    A source names its reader, the tasks to hold out and how often each of its tasks is drawn (1 if
+    it does not say); what else it says are arguments of the reader.
 
     Raises:
       UserError: unknown reader or argument, a held-out task that is not there, two tasks of one
@@ -112,10 +121,14 @@ def collect(config: ConfigDict) -> Collection:
     """
     train: dict[str, Task] = {}
     held_out: dict[str, Task] = {}
+    weights: list[float] = []
     for source in config.sources:
         arguments = dict(source)
         reader = arguments.get('reader')
         names = set(arguments.pop('held_out', ()))
+        weight = arguments.pop('weight', 1.0)
+        if not weight > 0:
+            raise UserError(f'the weight of a source of tasks must be positive, not {weight}')
         try:
             found = readers.bind(READERS, arguments, 'tasks')()
         except ImportError as error:
@@ -137,7 +150,11 @@ def collect(config: ConfigDict) -> Collection:
                 )
             if not task.test or not (task.train or task.name in names):
                 raise UserError(f'task {task.name!r} of {task.source} lacks train or test examples')
-            (held_out if task.name in names else train)[task.name] = task
+            if task.name in names:
+                held_out[task.name] = task
+            else:
+                train[task.name] = task
+                weights.append(weight)
     for same in SAME_TASK:
         if same & train.keys() and same & held_out.keys():
             raise UserError(
@@ -145,4 +162,4 @@ def collect(config: ConfigDict) -> Collection:
                 f'{", ".join(sorted(same & train.keys()))} trained on: that is the same task; '
                 'hold out both or neither'
             )
-    return Collection(tuple(train.values()), tuple(held_out.values()))
+    return Collection(tuple(train.values()), tuple(held_out.values()), tuple(weights))

@@ -2,7 +2,7 @@
 
 Axes: e embedding width, t query tokens, k labels.
 
-Sampling is hierarchical, as in Text-to-LoRA (arXiv 2506.06105): first tasks, all alike, then
+Sampling is hierarchical, as in Text-to-LoRA (arXiv 2506.06105): first tasks, by their weights, then
 examples and a description of each. Everything follows from (seed, index).
 """
 
@@ -37,6 +37,7 @@ class TaskGroups:
     def __init__(
         self,
         tasks: tuple[Task, ...],
+        weights: Sequence[float],
         embeddings: list[np.ndarray],
         tokenizer: Tokenizer,
         config: ConfigDict,
@@ -46,6 +47,7 @@ class TaskGroups:
         """Tokenizes all training examples of at most `config.max_tokens` tokens.
 
         Args:
+          weights: how often each task is drawn, in proportion.
           embeddings: of the training descriptions of each task, `[descriptions, e]`.
 
         Raises:
@@ -53,6 +55,7 @@ class TaskGroups:
         """
         self.config, self.embeddings = config, embeddings
         self.seed, self.groups_per_step = seed, groups_per_step
+        self.weights = np.divide(weights, sum(weights))
         if len(tasks) < groups_per_step:
             raise UserError(
                 f'{len(tasks)} tasks to train on; a step has {groups_per_step} (config.groups)'
@@ -79,8 +82,10 @@ class TaskGroups:
     def __getitem__(self, index: int) -> dict[str, dict[str, np.ndarray]]:
         """One group: `context` {embedding `[1, e]`, task `[1]`} and `query`, see `pack`."""
         step, group = divmod(index, self.groups_per_step)
-        order = np.random.default_rng((self.seed, 0, step)).permutation(len(self.examples))
-        task = order[group]
+        drawn = np.random.default_rng((self.seed, 0, step)).choice(
+            len(self.examples), self.groups_per_step, replace=False, p=self.weights
+        )
+        task = drawn[group]
         rng = np.random.default_rng((self.seed, 1, index))
         embedding = describe(rng, self.embeddings[task], self.config.description_noise)
         examples = self.examples[task]
@@ -128,13 +133,16 @@ def build(
     Raises:
       UserError: tasks that cannot be read or trained on; see `collect` and `TaskGroups`.
     """
-    tasks = collect(config).train
+    collection = collect(config)
+    tasks = collection.train
     config.tasks = tuple(task.name for task in tasks)
     if isinstance(encoder, Embedder):
         embeddings = embed(encoder, tasks)
     else:  # the hypernetwork knows tasks by their numbers
         embeddings = [np.zeros((1, 1), np.float32)] * len(tasks)
-    return TaskGroups(tasks, embeddings, base.tokenizer, config, seed, groups_per_step)
+    return TaskGroups(
+        tasks, collection.weights, embeddings, base.tokenizer, config, seed, groups_per_step
+    )
 
 
 def embed(encoder: Embedder, tasks: Sequence[Task]) -> list[np.ndarray]:

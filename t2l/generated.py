@@ -77,8 +77,10 @@ _ACTIONS = {
 
 # ---------------------------------------------------------------------------------- inputs
 
+Inputs = Sequence[str] | Callable[[np.random.Generator], str]  # all, or what draws one
 
-def _pick(rng: np.random.Generator, options: Sequence[str], count: int) -> list[str]:
+
+def pick(rng: np.random.Generator, options: Sequence[str], count: int) -> list[str]:
     return [options[i] for i in rng.choice(len(options), count, replace=False)]
 
 
@@ -89,7 +91,7 @@ def _words(*kinds: str) -> list[str]:
 def _phrase(rng: np.random.Generator) -> str:
     """Three to five words; one is the longest, one the shortest."""
     while True:
-        words = _pick(rng, _words(*_NOUNS, 'adjective'), int(rng.integers(3, 6)))
+        words = pick(rng, _words(*_NOUNS, 'adjective'), int(rng.integers(3, 6)))
         lengths = [len(word) for word in words]
         if lengths.count(max(lengths)) == lengths.count(min(lengths)) == 1:
             return ' '.join(words)
@@ -97,51 +99,51 @@ def _phrase(rng: np.random.Generator) -> str:
 
 def _repetition(rng: np.random.Generator) -> str:
     """Four words of which one stands twice."""
-    words = _pick(rng, _words('animal', 'fruit', 'object'), 3)
+    words = pick(rng, _words('animal', 'fruit', 'object'), 3)
     return ', '.join(rng.permutation([*words, words[0]]))
 
 
 def _mixture(rng: np.random.Generator) -> str:
     """One animal, fruit, vehicle, garment and job, in random order."""
     kinds = ('animal', 'fruit', 'vehicle', 'garment', 'job')
-    return ', '.join(rng.permutation([_pick(rng, _WORDS[kind], 1)[0] for kind in kinds]))
+    return ', '.join(rng.permutation([pick(rng, _WORDS[kind], 1)[0] for kind in kinds]))
 
 
 def _medley(rng: np.random.Generator) -> str:
     """One body part, object, adjective, given name, month and number word, in random order."""
     kinds = ('body part', 'object', 'adjective', 'given name', 'month', 'number word')
-    return ', '.join(rng.permutation([_pick(rng, _members(kind), 1)[0] for kind in kinds]))
+    return ', '.join(rng.permutation([pick(rng, members(kind), 1)[0] for kind in kinds]))
 
 
 def _list_of(count: int) -> Callable[[np.random.Generator], str]:
     words = _words(*_NOUNS, 'body', 'adjective', 'verb')
-    return lambda rng: ', '.join(_pick(rng, words, count))
+    return lambda rng: ', '.join(pick(rng, words, count))
 
 
 def _among(kind: str, other: str, count: int) -> Callable[[np.random.Generator], str]:
     """One word of a kind among words of another: `count` in all."""
 
     def draw(rng: np.random.Generator) -> str:
-        words = _pick(rng, _members(kind), 1) + _pick(rng, _members(other), count - 1)
+        words = pick(rng, members(kind), 1) + pick(rng, members(other), count - 1)
         return ', '.join(rng.permutation(words))
 
     return draw
 
 
 def _sentence(rng: np.random.Generator) -> str:
-    subject, other = _pick(rng, _words('animal', 'job'), 2)
-    return f'The {subject} {_pick(rng, list(_ACTIONS), 1)[0]} the {other}.'
+    subject, other = pick(rng, _words('animal', 'job'), 2)
+    return f'The {subject} {pick(rng, list(_ACTIONS), 1)[0]} the {other}.'
 
 
 def _full_name(rng: np.random.Generator) -> str:
-    return f'{_pick(rng, _WORDS["given_name"], 1)[0]} {_pick(rng, _WORDS["surname"], 1)[0]}'
+    return f'{pick(rng, _WORDS["given_name"], 1)[0]} {pick(rng, _WORDS["surname"], 1)[0]}'
 
 
 def _path(rng: np.random.Generator) -> str:
-    top = _pick(rng, ('home', 'data', 'shared', 'srv', 'media', 'work'), 1)[0]
-    folder = _pick(rng, [name.lower() for name in _WORDS['given_name']], 1)[0]
-    stem = _pick(rng, _words('fruit', 'object', 'vehicle'), 1)[0]
-    ending = _pick(rng, ('txt', 'pdf', 'png', 'csv', 'zip', 'mp3', 'doc', 'html'), 1)[0]
+    top = pick(rng, ('home', 'data', 'shared', 'srv', 'media', 'work'), 1)[0]
+    folder = pick(rng, [name.lower() for name in _WORDS['given_name']], 1)[0]
+    stem = pick(rng, _words('fruit', 'object', 'vehicle'), 1)[0]
+    ending = pick(rng, ('txt', 'pdf', 'png', 'csv', 'zip', 'mp3', 'doc', 'html'), 1)[0]
     return f'/{top}/{folder}/{stem}.{ending}'
 
 
@@ -245,13 +247,13 @@ _AMONG: dict[str, tuple[str, str, int]] = {
 }
 
 # A domain is a list of all inputs, or a function that draws one.
-DOMAINS: dict[str, Sequence[str] | Callable[[np.random.Generator], str]] = {
+DOMAINS: dict[str, Inputs] = {
     'word': _words(*_NOUNS, 'body', 'adjective', 'verb'),
     'thing': _words(*_NOUNS, 'body'),
     'noun': [word for word in _words(*_NOUNS) if word != 'scissors'],
     'verb': _WORDS['verb'],
     'adjective': _WORDS['adjective'],
-    'counted_noun': lambda rng: f'{rng.integers(1, 13)} x {_pick(rng, DOMAINS["noun"], 1)[0]}',
+    'counted_noun': lambda rng: f'{rng.integers(1, 13)} x {pick(rng, DOMAINS["noun"], 1)[0]}',
     'phrase': _phrase,
     'repetition': _repetition,
     'mixture': _mixture,
@@ -323,7 +325,7 @@ def _adverb(adjective: str) -> str:
     return f'{adjective[:-1]}ily' if adjective.endswith('y') else f'{adjective}ly'
 
 
-def _rewrite(form: str) -> Callable[[str], str]:
+def rewrite(form: str) -> Callable[[str], str]:
     """Another sentence of 'The SUBJECT VERBs the OTHER.', by its parts."""
 
     def answer(sentence: str) -> str:
@@ -344,7 +346,7 @@ def _rewrite(form: str) -> Callable[[str], str]:
 
 
 @functools.cache
-def _members(kind: str) -> list[str]:
+def members(kind: str) -> list[str]:
     """Words of a kind; those that could be taken for another kind are left out."""
     adjectives = [word for word in _WORDS['adjective'] if word != 'green']
     if kind in ('country', 'language'):
@@ -366,7 +368,7 @@ def _members(kind: str) -> list[str]:
 
 
 def _of_kind(kind: str) -> Callable[[str], str]:
-    return lambda text: next(word for word in text.split(', ') if word in _members(kind))
+    return lambda text: next(word for word in text.split(', ') if word in members(kind))
 
 
 def _position_of(kind: str) -> Callable[[str], str]:
@@ -375,7 +377,7 @@ def _position_of(kind: str) -> Callable[[str], str]:
 
 
 def _without(kind: str) -> Callable[[str], str]:
-    return _items(lambda words: [word for word in words if word not in _members(kind)])
+    return _items(lambda words: [word for word in words if word not in members(kind)])
 
 
 def _numbers(
@@ -427,21 +429,21 @@ def _iso_month(language: str) -> Callable[[str], str]:
     return lambda text: names[int(text.split('-')[1])]
 
 
-def _weekday(shift: int = 0, language: str = 'en') -> Callable[[str], str]:
+def weekday(shift: int = 0, language: str = 'en') -> Callable[[str], str]:
     """The weekday of a calendar day, some days later, in a language."""
     index = {name: i for i, name in _DAYS.items()}
     names = babel.dates.get_day_names('wide', 'stand-alone', language)
     return lambda text: names[(index[text.split(',')[0]] + shift) % 7]
 
 
-def _month(shift: int = 0, language: str = 'en') -> Callable[[str], str]:
+def month(shift: int = 0, language: str = 'en') -> Callable[[str], str]:
     """The month of a calendar day, some months later, in a language."""
     index = {name: i for i, name in _MONTHS.items()}
     names = babel.dates.get_month_names('wide', 'stand-alone', language)
     return lambda text: names[(index[text.split()[-1]] + shift - 1) % 12 + 1]
 
 
-def _clock(form: str, shift: int = 0) -> Callable[[str], str]:
+def clock(form: str, shift: int = 0) -> Callable[[str], str]:
     """A time of 24 hours by its parts, some minutes later."""
 
     def answer(text: str) -> str:
@@ -458,7 +460,7 @@ def _part_of_day(text: str) -> str:
     return ('night', 'morning', 'afternoon', 'evening')[hour // 6]
 
 
-def _country(language: str) -> Callable[[str], str]:
+def country(language: str) -> Callable[[str], str]:
     return lambda text: babel.Locale(language).territories[_COUNTRIES[text]]
 
 
@@ -612,27 +614,27 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
     },
     'sentences': {
         'sentence': {
-            'sentence_subject': _rewrite('{subject}'),
-            'sentence_object': _rewrite('{other}'),
-            'sentence_to_past': _rewrite('The {subject} {past} the {other}.'),
-            'sentence_to_future': _rewrite('The {subject} will {base} the {other}.'),
-            'sentence_to_negation': _rewrite('The {subject} does not {base} the {other}.'),
-            'sentence_to_question': _rewrite('Does the {subject} {base} the {other}?'),
-            'sentence_to_passive': _rewrite('The {other} is {participle} by the {subject}.'),
-            'swap_subject_and_object': _rewrite('The {other} {verb} the {subject}.'),
-            'sentence_verb': _rewrite('{verb}'),
-            'sentence_verb_in_past': _rewrite('{past}'),
-            'sentence_to_perfect': _rewrite('The {subject} has {participle} the {other}.'),
-            'sentence_to_past_perfect': _rewrite('The {subject} had {participle} the {other}.'),
-            'sentence_to_progressive': _rewrite('The {subject} is {ing} the {other}.'),
-            'sentence_to_past_passive': _rewrite('The {other} was {participle} by the {subject}.'),
-            'sentence_with_must': _rewrite('The {subject} must {base} the {other}.'),
-            'sentence_with_can': _rewrite('The {subject} can {base} the {other}.'),
-            'sentence_with_wants_to': _rewrite('The {subject} wants to {base} the {other}.'),
-            'sentence_to_past_negation': _rewrite('The {subject} did not {base} the {other}.'),
-            'sentence_to_past_question': _rewrite('Did the {subject} {base} the {other}?'),
-            'sentence_to_who_question': _rewrite('Who {verb} the {other}?'),
-            'sentence_with_plural_subject': _rewrite('The {subjects} {base} the {other}.'),
+            'sentence_subject': rewrite('{subject}'),
+            'sentence_object': rewrite('{other}'),
+            'sentence_to_past': rewrite('The {subject} {past} the {other}.'),
+            'sentence_to_future': rewrite('The {subject} will {base} the {other}.'),
+            'sentence_to_negation': rewrite('The {subject} does not {base} the {other}.'),
+            'sentence_to_question': rewrite('Does the {subject} {base} the {other}?'),
+            'sentence_to_passive': rewrite('The {other} is {participle} by the {subject}.'),
+            'swap_subject_and_object': rewrite('The {other} {verb} the {subject}.'),
+            'sentence_verb': rewrite('{verb}'),
+            'sentence_verb_in_past': rewrite('{past}'),
+            'sentence_to_perfect': rewrite('The {subject} has {participle} the {other}.'),
+            'sentence_to_past_perfect': rewrite('The {subject} had {participle} the {other}.'),
+            'sentence_to_progressive': rewrite('The {subject} is {ing} the {other}.'),
+            'sentence_to_past_passive': rewrite('The {other} was {participle} by the {subject}.'),
+            'sentence_with_must': rewrite('The {subject} must {base} the {other}.'),
+            'sentence_with_can': rewrite('The {subject} can {base} the {other}.'),
+            'sentence_with_wants_to': rewrite('The {subject} wants to {base} the {other}.'),
+            'sentence_to_past_negation': rewrite('The {subject} did not {base} the {other}.'),
+            'sentence_to_past_question': rewrite('Did the {subject} {base} the {other}?'),
+            'sentence_to_who_question': rewrite('Who {verb} the {other}?'),
+            'sentence_with_plural_subject': rewrite('The {subjects} {base} the {other}.'),
         },
     },
     'names': {
@@ -721,35 +723,35 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'ordinal_day_of_date': lambda text: _ENGLISH.ordinal(int(text[-2:])),
         },
         'calendar_day': {
-            'next_weekday': _weekday(1),
-            'previous_weekday': _weekday(-1),
-            'weekday_in_french': _weekday(language='fr'),
-            'weekday_in_german': _weekday(language='de'),
+            'next_weekday': weekday(1),
+            'previous_weekday': weekday(-1),
+            'weekday_in_french': weekday(language='fr'),
+            'weekday_in_german': weekday(language='de'),
             'is_weekend': lambda text: 'yes' if text.startswith('S') else 'no',
-            'next_month': _month(1),
-            'previous_month': _month(-1),
-            'weekday_of_day': _weekday(),
-            'month_of_day': _month(),
-            'two_weekdays_later': _weekday(2),
-            'two_months_later': _month(2),
-            'two_months_earlier': _month(-2),
-            'three_months_later': _month(3),
-            'weekday_in_italian': _weekday(language='it'),
-            'weekday_in_spanish': _weekday(language='es'),
-            'weekday_in_dutch': _weekday(language='nl'),
-            'weekday_in_swedish': _weekday(language='sv'),
+            'next_month': month(1),
+            'previous_month': month(-1),
+            'weekday_of_day': weekday(),
+            'month_of_day': month(),
+            'two_weekdays_later': weekday(2),
+            'two_months_later': month(2),
+            'two_months_earlier': month(-2),
+            'three_months_later': month(3),
+            'weekday_in_italian': weekday(language='it'),
+            'weekday_in_spanish': weekday(language='es'),
+            'weekday_in_dutch': weekday(language='nl'),
+            'weekday_in_swedish': weekday(language='sv'),
         },
         'clock': {
-            'twelve_hour_clock': _clock('{twelve}:{minute:02} {half}'),
-            'hour_of_time': _clock('{hour}'),
-            'minutes_of_time': _clock('{minute:02}'),
-            'am_or_pm': _clock('{half}'),
-            'one_hour_later': _clock('{hour:02}:{minute:02}', 60),
+            'twelve_hour_clock': clock('{twelve}:{minute:02} {half}'),
+            'hour_of_time': clock('{hour}'),
+            'minutes_of_time': clock('{minute:02}'),
+            'am_or_pm': clock('{half}'),
+            'one_hour_later': clock('{hour:02}:{minute:02}', 60),
             'part_of_day': _part_of_day,
-            'two_hours_later': _clock('{hour:02}:{minute:02}', 120),
-            'one_hour_earlier': _clock('{hour:02}:{minute:02}', -60),
-            'half_an_hour_later': _clock('{hour:02}:{minute:02}', 30),
-            'hour_on_twelve_hour_clock': _clock('{twelve}'),
+            'two_hours_later': clock('{hour:02}:{minute:02}', 120),
+            'one_hour_earlier': clock('{hour:02}:{minute:02}', -60),
+            'half_an_hour_later': clock('{hour:02}:{minute:02}', 30),
+            'hour_on_twelve_hour_clock': clock('{twelve}'),
             'minutes_to_next_hour': lambda text: str(60 - int(text[3:])),
         },
     },
@@ -759,10 +761,10 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'currency_code_of_country': lambda text: babel.numbers.get_territory_currencies(
                 _COUNTRIES[text]
             )[0],
-            'country_in_french': _country('fr'),
-            'country_in_german': _country('de'),
-            'country_in_spanish': _country('es'),
-            'country_in_italian': _country('it'),
+            'country_in_french': country('fr'),
+            'country_in_german': country('de'),
+            'country_in_spanish': country('es'),
+            'country_in_italian': country('it'),
         },
         'language': {
             'language_code': lambda text: _LANGUAGES[text],
@@ -796,12 +798,11 @@ RECIPES = {
 # ---------------------------------------------------------------------------------- tasks
 
 
-def _draws(domain: str, seed: int) -> Iterator[str]:
+def _draws(domain: str, inputs: Inputs, seed: int) -> Iterator[str]:
     """Distinct inputs of a domain; the i-th depends on (seed, i) alone."""
     rng = np.random.default_rng((seed, zlib.crc32(domain.encode())))
-    inputs = DOMAINS[domain]
     if not callable(inputs):
-        yield from _pick(rng, inputs, len(inputs))
+        yield from pick(rng, inputs, len(inputs))
         return
     seen = set()
     while True:
@@ -811,16 +812,21 @@ def _draws(domain: str, seed: int) -> Iterator[str]:
             yield text
 
 
-@functools.lru_cache(maxsize=256)
-def _split(domain: str, seed: int, train: int, test: int) -> tuple[tuple[str, ...], ...]:
+def split(
+    domain: str, inputs: Inputs, seed: int, train: int, test: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Inputs (train, test). The test inputs come first, so that they do not depend on `train`."""
-    inputs = DOMAINS[domain]
     if not callable(inputs):
         test = min(test, len(inputs) // 5)
         train = min(train, len(inputs) - test)
-    draws = _draws(domain, seed)
+    draws = _draws(domain, inputs, seed)
     drawn = [next(draws) for _ in range(test + train)]
     return tuple(drawn[test:]), tuple(drawn[:test])
+
+
+@functools.lru_cache(maxsize=256)
+def _split(domain: str, seed: int, train: int, test: int) -> tuple[tuple[str, ...], ...]:
+    return split(domain, DOMAINS[domain], seed, train, test)
 
 
 def generate(name: str, seed: int = 0, train: int = 500, test: int = 100) -> Task:

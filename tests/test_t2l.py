@@ -319,7 +319,9 @@ def groups(per_step=3, **changes):
     embeddings = [np.arange(2, dtype=np.float32)[:, None] + 10 * i for i in range(len(TASKS))]
     config = SETTINGS.copy_and_resolve_references()
     config.update(changes)
-    return TaskGroups(TASKS, embeddings, tiny_base().tokenizer, config, 0, per_step)
+    return TaskGroups(
+        TASKS, np.ones(len(TASKS)), embeddings, tiny_base().tokenizer, config, 0, per_step
+    )
 
 
 def test_groups_are_packed_rows_of_one_task():
