@@ -39,12 +39,12 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
 
     Descriptions are embedded once, by the encoder, outside the training step. `config.loras`, a
     checkpoint of a `LoraTable`, gives what a fresh hypernetwork starts with: the statistics for
-    z-scores and the multi-task LoRA (the mean of the entries); or, if the entries are made of codes
-    and each layer has one head for A and B, these heads, so that only the codes are left to learn.
+    z-scores and the multi-task LoRA (the mean of the entries); or, if each layer has one head for A
+    and B, the heads of a table of codes, so that only the codes are left to learn.
 
     Raises:
-      UserError: unknown embedder, or one of another width; unknown target module; codes of another
-        width than the heads.
+      UserError: unknown embedder, or one of another width; unknown target module; a table
+        without codes where heads are taken over, or with codes of another width.
     """
     module = make_module(config, base.config)
     embedder = load_embedder(config.embedder, base)
@@ -63,11 +63,13 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
             return params
         table = load_loras(config.loras, base, config).params
         c = module.config
-        if (
-            'codes' in table
-            and c.per_layer_heads
-            and not (c.z_score or c.shared_head or c.per_rank)
-        ):
+        if c.per_layer_heads and not (c.z_score or c.shared_head or c.per_rank):
+            if 'codes' not in table:
+                raise UserError(
+                    f'{config.loras} holds plain LoRAs, not codes, whose heads a hypernetwork with '
+                    'heads for each layer takes over: train them by configs/t2l.py:codes, or learn '
+                    'from plain ones by configs/t2l.py:reconstruction'
+                )
             return {**params, **_heads(table, c)}
         found = statistics(table)
         known = {'mean': 'mean', 'deviation': 'deviation', 'offset': 'mean'}

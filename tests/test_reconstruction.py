@@ -162,6 +162,10 @@ def test_heads_of_a_table_with_codes(base, tmp_path):
     config.hypernetwork.shape.head_width = 6
     with pytest.raises(UserError, match='the codes have width 5, the heads read 6'):
         hypernetwork.build(config.hypernetwork, base).start(fresh)
+    write_table(tmp_path / 'plain', base)
+    config = settings(tmp_path / 'plain', 'from_codes', head_width=5)
+    with pytest.raises(UserError, match='plain holds plain LoRAs, not codes'):
+        hypernetwork.build(config.hypernetwork, base).start(fresh)
 
 
 def test_training_towards_codes(base, tmp_path):
