@@ -5,8 +5,8 @@
     python -m launch.train --config=configs/d2l_docs.py:VARIANT_chunks,RECORDS,DIR --workdir=DIR2
 
 RECORDS is what `launch.generate_data` wrote with the same base model (several folders with `+`
-between); DIR the first stage's workdir. Variants: `smollm2` (two CPU cores; starts from the weights
-for needles), `gemma2_2b`, `mistral_7b`, `qwen3_4b` (the published settings, each for the TPUs that
+between); DIR the first stage's workdir. Variants: `smollm2` (two CPU cores; see `d2l.associative`),
+`gemma2_2b`, `mistral_7b`, `qwen3_4b` (the published settings, each for the TPUs that
 it names; for others set config.topology, mesh, groups and accumulate), `tiny` (SmolLM2 and seconds;
 for tests).
 """
@@ -97,27 +97,43 @@ def _in_chunks(config: ConfigDict) -> None:
 
 
 def _smollm2() -> ConfigDict:
-    """The hypernetwork of needles on short documents with several questions each."""
+    """A linear associative memory: the published hypernetwork learns to read from far more text
+    than two cores get through."""
     config = d2l_niah.get_config('smollm2')
     config.name = 'd2l_docs'
-    config.init_from = 'smollm2-niah'
+    config.hypernetwork = ConfigDict(
+        {
+            'name': 'associative_memory',
+            'shape': {
+                'written': 15,
+                'scaling': 1.0,
+                'latent_size': 256,
+                'num_blocks': 2,
+                'num_heads': 4,
+                'bottleneck': 128,
+            },
+        }
+    )
     config.objective = ConfigDict({'name': 'top_k_distillation', 'l1': 0.0, 'max_chunks': 1})
     config.data = ConfigDict(
         {
             'name': 'documents',
             'records': '',
-            'steps': 1000,
+            'steps': 400,
             'teacher': 'stored',
-            'group_tokens': 1024,
-            'context_tokens': (128, 256),
+            'group_tokens': 1,  # a document each
+            'context_tokens': (32, 64, 128, 192, 256),
             'chunks': (1.0,),
-            'queries': 8,
-            'query_tokens': 160,
+            'queries': 5,
+            'query_tokens': 144,
             'answer_tokens': 40,
             'teacher_tokens': 1280,
         }
     )
-    config.optimizer.steps = config.data.steps
+    config.groups = 8
+    config.optimizer.update(
+        {'learning_rate': 1e-3, 'end_learning_rate': 1e-5, 'steps': config.data.steps}
+    )
     config.chunk_length = 256
     config.min_gate = 0.0
     return config

@@ -49,7 +49,7 @@ class Internalizer:
         Raises:
           UserError: the checkpoint does not read documents.
         """
-        trained.require('doc_to_lora')
+        trained.require('doc_to_lora', 'associative_memory')
         self.trained = trained
         self._run = functools.partial(
             _generate(trained),
@@ -106,9 +106,13 @@ class Internalizer:
                 loras, self.shared = self._run({'tokens': tokens, 'mask': mask})
                 speaks = np.flatnonzero(~lora_lib.silent_rows(loras))
                 kept += [now[i] for i in speaks]
-                parts.append(jax.tree.map(lambda x, rows=speaks: x[:, rows], loras.pairs))
+                parts.append(
+                    loras.replace(pairs=jax.tree.map(lambda x, r=speaks: x[:, r], loras.pairs))
+                )
                 report(len(now))
-        pairs = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)
+        # A rank per token: longer chunks have more of them.
+        parts = [lora_lib.pad_rank(part, max(p.rank for p in parts)) for part in parts]
+        pairs = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *(part.pairs for part in parts))
         return kept, Lora(pairs, loras.scaling)
 
     def __call__(self, document: Sequence[int]) -> Lora:
@@ -122,7 +126,8 @@ class Internalizer:
     def with_shared(self, *documents: Lora) -> Lora:
         """LoRAs of `chunks` in one, with the LoRA that all documents share, which counts once."""
         shared = () if self.shared is None else (self.shared,)
-        return lora_lib.compact(lora_lib.concatenate(*documents, *shared))
+        whole = lora_lib.compact(lora_lib.concatenate(*documents, *shared))
+        return lora_lib.pad_rank(whole, max(whole.rank, 1))  # of a document that says nothing
 
     def chunks(
         self, document: Sequence[int], report: Callable[[float], None] = lambda done: None
@@ -140,7 +145,9 @@ class Internalizer:
         """
         counts = collections.Counter(self.split(document))
         chunks = list(counts)
-        step = max(_MAX_RANK // self.trained.config.hypernetwork.shape.rank, 1)
+        config = self.trained.config
+        rank = config.hypernetwork.shape.get('rank', config.chunk_length)  # or one per token
+        step = max(_MAX_RANK // rank, 1)
         whole: Lora | None = None
         read = 0
 

@@ -23,6 +23,7 @@ from hyperlora.lora import Lora
 from hyperlora.models.base import BaseModel
 
 _BUILDERS = {
+    'associative_memory': 'd2l.associative:build',
     'captioner': 'd2l.captioner:build',
     'doc_to_lora': 'd2l.build:build',
     'lora_table': 'hyperlora.lora_table:build',

@@ -276,12 +276,15 @@ def compact(lora: Lora) -> Lora:
     return lora.replace(pairs={name: dense(pair) for name, pair in lora.pairs.items()})
 
 
+def pad_rank(lora: Lora, rank: int) -> Lora:
+    """The same deltas at a rank that is filled up with zeros."""
+    room = ((0, 0), (0, 0), (0, rank - lora.rank), (0, 0))
+    return lora.replace(pairs=jax.tree.map(lambda x: jnp.pad(x, room), lora.pairs))
+
+
 def round_rank(lora: Lora, step: int = 128) -> Lora:
-    """The same deltas at a rank rounded up with zeros, so that few shapes are compiled."""
-    missing = -lora.rank % step
-    return lora.replace(
-        pairs=jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), lora.pairs)
-    )
+    """The same deltas at a rank rounded up, so that few shapes are compiled."""
+    return pad_rank(lora, max(lora.rank + -lora.rank % step, step))
 
 
 def truncate(lora: Lora, rank: int) -> Lora:

@@ -36,15 +36,15 @@ class Trained:
     hypernetwork: Hypernetwork
     params: Any
 
-    def require(self, name: str) -> Trained:
+    def require(self, *names: str) -> Trained:
         """This, unless it is a hypernetwork of another kind.
 
         Raises:
-          UserError: it is not a `name`.
+          UserError: it is none of `names`.
         """
         found = self.config.hypernetwork.name
-        if found != name:
-            raise UserError(f'the checkpoint is a {found}; a {name} is needed here')
+        if found not in names:
+            raise UserError(f'the checkpoint is a {found}; a {" or ".join(names)} is needed here')
         return self
 
 

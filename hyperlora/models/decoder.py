@@ -428,3 +428,37 @@ def first_layers(
     x, inputs = jax.lax.scan(layer, x, jnp.arange(count))
     norm = RMSNorm(config.norm_eps, config.norm_offset)
     return norm.apply({'params': params['final_norm']}, x), inputs
+
+
+def inputs_of(
+    config: DecoderConfig, params: Any, tokens: jax.Array, module: str
+) -> tuple[jax.Array, jax.Array]:
+    """What every layer and a projection in it read, without a gradient.
+
+    Args:
+      tokens: `[b, s]` int32, padded to the right.
+      module: the projection's name, a key of `lora.MODULES`.
+
+    Returns:
+      `[l, b, s, d]` and `[l, b, s, i]`.
+    """
+    params = jax.lax.stop_gradient(params)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    where = places(config, positions)
+
+    def layer(x, own):
+        params, local = own
+        seen = []
+
+        def tap(call, args, kwargs, context):
+            if context.module.name == module:
+                seen.append(args[0])
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(tap):
+            block = Block(config, None)
+            out, _ = block.apply({'params': params}, x, None, None, local, where, None, None)
+        return out, (x, seen[0])
+
+    x = embed(config, params['embedder']['embedding'], tokens)
+    return jax.lax.scan(layer, x, (params['layers'], local_flags(config)))[1]

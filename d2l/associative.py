@@ -1,0 +1,161 @@
+"""A hypernetwork that writes a document into a linear associative memory: activations -> a `Lora`.
+
+Each token of a document is one rank of the LoRA of `down_proj`. Its A is a key: where the adapted
+model computes something alike, B, the value, reminds it of the token that follows. That is Hebbian
+learning, or a step of gradient descent on the text, with maps that are learned (compare MEND, arXiv
+2110.11309, and fast weight programmers, arXiv 2102.11174). Values start as the base model's own
+embeddings of the tokens, which it unembeds alike: so no word need be learned.
+
+Axes: n chunks, l layers, w layers that are written, s tokens, f feature width, z latent width, i
+width of the MLP.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from hyperlora.hypernetwork import Hypernetwork
+from hyperlora.layers import PerLayerDense, dense
+from hyperlora.lora import Lora, LoraPair
+from hyperlora.models import decoder, quantization
+from hyperlora.models.base import BaseModel
+
+
+@dataclasses.dataclass(frozen=True)
+class AssociativeConfig:
+    """Shape of the hypernetwork.
+
+    Attributes:
+      num_layers: l, layers of the base model.
+      inner: i.
+      width: f, of the base model, which is the context encoder.
+      written: w, the last layers, whose residual stream the model unembeds; the LoRA of the others
+        is zero.
+      scaling: multiplies every delta.
+      latent_size: z.
+      num_blocks: Transformer blocks in which all tokens of a chunk see each other.
+      num_heads: of their attention.
+      bottleneck: of the maps that make keys and values.
+    """
+
+    num_layers: int
+    inner: int
+    width: int
+    written: int
+    scaling: float
+    latent_size: int
+    num_blocks: int
+    num_heads: int
+    bottleneck: int
+
+
+class AssociativeMemory(nn.Module):
+    """Activations of chunks -> a LoRA of a rank per token."""
+
+    config: AssociativeConfig
+
+    @nn.compact
+    def __call__(
+        self, features: dict[str, jax.Array], mask: jax.Array, **unused: Any
+    ) -> tuple[Lora, None]:
+        """
+        Args:
+          features: `hidden [n, s, f]`, of a layer in the middle; `keys [n, w, s, i]`, what
+            `down_proj` reads in the layers that are written; `values [n, s, f]`, embeddings.
+          mask: `[n, s]` bool, True for tokens.
+
+        Returns:
+          A Lora of n rows and rank s - 1, and None: nothing is shared.
+        """
+        c = self.config
+        followed = mask[:, 1:] & mask[:, :-1]
+        values = _rms(features['values'][:, 1:])  # of the tokens that follow
+        keys = _rms(features['keys'][:, :, :-1]).swapaxes(0, 1)
+        x = jnp.concatenate([_rms(features['hidden'][:, :-1]), values], -1)
+        x = dense(c.latent_size, ('embed', 'latent'), 'embed', use_bias=True)(x)
+        for i in range(c.num_blocks):
+            x = _Block(c.num_heads, name=f'block_{i}')(x, followed)
+        x = nn.LayerNorm(name='norm')(x)
+
+        def every_layer(x):
+            return jnp.broadcast_to(x, (c.written, *x.shape))
+
+        def scale(name, width):
+            """A learned factor, from 1; as a power, it moves far in few steps."""
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ('layers', None))
+            power = self.param(f'{name}_scale', init, (c.written, width))
+            return jnp.exp(10 * power)[:, None, None]
+
+        def mapped(name, x, width):
+            y = nn.silu(PerLayerDense(c.bottleneck, ('embed', 'mlp'), name=f'{name}_down')(x))
+            up = PerLayerDense(
+                width, ('mlp', 'lora'), kernel_init=nn.initializers.zeros, name=f'{name}_up'
+            )
+            return up(y)
+
+        here = followed[..., None]
+        mean = jnp.sum(keys, 2, keepdims=True, where=here) / jnp.maximum(here.sum(1), 1)[:, None]
+        inputs = jnp.concatenate([keys, every_layer(x)], -1)
+        a = (keys - mean) * scale('key', c.inner) + mapped('key', inputs, c.inner)
+        values = every_layer(values)
+        inputs = jnp.concatenate([values, inputs], -1)
+        gate = nn.sigmoid(PerLayerDense(1, ('embed', None), name='gate')(inputs))
+        b = values * scale('value', c.width) + mapped('value', inputs, c.width)
+
+        def layers(x):
+            x = jnp.where(here, x, 0)
+            return jnp.pad(x, ((c.num_layers - c.written, 0), (0, 0), (0, 0), (0, 0)))
+
+        pair = LoraPair(layers(a / c.inner), layers(b * gate * scale('gate', 1)))
+        return Lora({'down_proj': pair}, jnp.float32(c.scaling)), None
+
+
+class _Block(nn.Module):
+    """Self-attention without order (activations know theirs) and an MLP, both after a norm."""
+
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        y = nn.LayerNorm(name='attention_norm')(x)
+        x += nn.MultiHeadDotProductAttention(self.num_heads, name='attention')(
+            y, mask=mask[:, None, None]
+        )
+        y = nn.LayerNorm(name='mlp_norm')(x)
+        y = nn.silu(dense(4 * width, ('latent', 'mlp'), 'up', use_bias=True)(y))
+        return x + dense(width, ('mlp', 'latent'), 'down', use_bias=True)(y)
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+
+
+def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -> Hypernetwork:
+    """Builds the hypernetwork; the base reads. Contexts are `tokens [n, s]` and `mask [n, s]`."""
+    c = base.config
+    module = AssociativeMemory(
+        AssociativeConfig(c.num_layers, c.mlp_width, c.width, **config.shape)
+    )
+    first = c.num_layers - module.config.written
+
+    def encode(params, context):
+        tokens = context['tokens']
+        hidden, keys = decoder.inputs_of(c, params, tokens, 'down_proj')
+        table = jax.lax.stop_gradient(params['embedder']['embedding'])
+        features = {
+            'hidden': hidden[first],
+            'keys': keys[first:].swapaxes(0, 1),
+            'values': quantization.rows(table, tokens),
+        }
+        return features, context['mask']
+
+    example = {'tokens': np.zeros((1, 8), np.int32), 'mask': np.ones((1, 8), bool)}
+    return Hypernetwork(module, base, encode, example)

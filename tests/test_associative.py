@@ -1,0 +1,135 @@
+"""Documents written into a linear associative memory."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, tiny_base
+from ml_collections import ConfigDict
+
+from configs import d2l_docs
+from d2l.internalize import Answerer, Internalizer, Question
+from hyperlora import hypernetwork
+from hyperlora import lora as lora_lib
+from hyperlora.generation import answer
+from hyperlora.models.decoder import Block, first_layers, inputs_of, places
+from hyperlora.trained import Trained
+
+SHAPE = {
+    'written': 2,
+    'scaling': 1.0,
+    'latent_size': 16,
+    'num_blocks': 1,
+    'num_heads': 2,
+    'bottleneck': 8,
+}
+
+
+def build(**shape):
+    config = ConfigDict({'name': 'associative_memory', 'shape': {**SHAPE, **shape}})
+    built = hypernetwork.build(config, tiny_base())
+    return built, nn.unbox(jax.jit(built.init)(jax.random.key(0), tiny_base().params))
+
+
+@pytest.fixture(scope='module')
+def model():
+    """A random one, whose maps are not at their start."""
+    built, params = build()
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
+    config = d2l_docs.get_config('smollm2,RECORDS')
+    config.chunk_length = 64
+    return Trained(config, tiny_base(), built, params)
+
+
+def generate(model, tokens, room=0):
+    context = {
+        'tokens': np.asarray([[*tokens, *[0] * room]], np.int32),
+        'mask': np.asarray([[True] * len(tokens) + [False] * room]),
+    }
+    return model.hypernetwork.generate(model.params, tiny_base().params, context)[0]
+
+
+def delta(lora):
+    pair = lora.pairs['down_proj']
+    return float(lora.scaling) * np.einsum('lgri,lgro->lgio', pair.a, pair.b)
+
+
+def test_inputs_of_a_projection():
+    """What it read, times its kernel, is what it gave."""
+    base, tokens = tiny_base(), np.arange(20, 32, dtype=np.int32)[None]
+    hidden, read = inputs_of(TINY, base.params, tokens, 'down_proj')
+    np.testing.assert_array_equal(hidden, first_layers(TINY, base.params, tokens, 3)[1])
+    assert read.shape == (3, 1, 12, TINY.mlp_width)
+    where = places(TINY, np.arange(12)[None])
+    for layer in range(2):
+        params = jax.tree.map(lambda x, i=layer: x[i], base.params['layers'])
+        kernel = params['mlp']['down_proj']['kernel']
+        without = {**params, 'mlp': {**params['mlp'], 'down_proj': {'kernel': 0 * kernel}}}
+        block, rest = Block(TINY, None), (None, None, None, where, None, None)
+        stream, _ = block.apply({'params': without}, hidden[layer], *rest)
+        given = hidden[layer + 1] - stream
+        np.testing.assert_allclose(read[layer] @ kernel, given, atol=1e-5)
+
+
+def test_a_rank_for_each_token_that_is_followed(model):
+    tokens = tiny_base().tokenizer.encode('a text of some words')
+    lora = generate(model, tokens)
+    pair = lora.pairs['down_proj']
+    assert pair.a.shape == (3, 1, len(tokens) - 1, TINY.mlp_width)
+    assert pair.b.shape == (3, 1, len(tokens) - 1, TINY.width)
+    written = np.any(np.asarray(pair.b) != 0, -1)
+    np.testing.assert_array_equal(written[0], False)  # not one of the last two layers
+    np.testing.assert_array_equal(written[1:], True)
+    # Padding writes nothing, and changes nothing.
+    np.testing.assert_allclose(delta(generate(model, tokens, room=9)), delta(lora), atol=1e-6)
+    assert not np.any(delta(Internalizer(model)(tokens[:1])))  # nothing follows
+
+
+def test_starts_as_hebbian_learning():
+    """Keys are activations about their mean, values the embeddings of the tokens that follow."""
+    built, params = build()
+    tokens = np.asarray([[40, 41, 90, 41, 7]], np.int32)
+    context = {'tokens': tokens, 'mask': np.ones((1, 5), bool)}
+    params['gate']['kernel'] = np.zeros_like(params['gate']['kernel'])
+    lora, shared = built.generate(params, tiny_base().params, context)
+    assert shared is None
+
+    def rms(x):
+        return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True))
+
+    keys = rms(np.asarray(inputs_of(TINY, tiny_base().params, tokens, 'down_proj')[1][1:, :, :4]))
+    values = rms(np.asarray(tiny_base().params['embedder']['embedding'])[tokens[0, 1:]])
+    wanted = np.einsum('lgri,ro->lgio', keys - keys.mean(2, keepdims=True), values)
+    np.testing.assert_allclose(delta(lora)[1:], wanted / 2 / TINY.mlp_width, rtol=2e-3, atol=1e-6)
+
+
+def test_every_parameter_learns(model):
+    def loss(params):
+        changed = Trained(model.config, model.base, model.hypernetwork, params)
+        pair = generate(changed, [50, 60, 70, 80]).pairs['down_proj']
+        return sum(jnp.sin(x).sum() for x in (pair.a, pair.b))
+
+    for path, x in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(model.params)):
+        name = jax.tree_util.keystr(path)
+        # A softmax does not see what is added to all keys.
+        assert bool(np.any(np.abs(x) > 1e-7)) or 'key' in name and 'bias' in name, name
+
+
+def test_chunks_of_different_lengths_add_up(model):
+    internalizer = Internalizer(model)
+    text = 'One thing is short. ' * 7 + 'So is the end.'
+    tokens = tiny_base().tokenizer.encode(text)
+    chunks = internalizer.split(tokens)
+    assert len({len(chunk) for chunk in chunks}) > 1
+    wanted = sum(delta(generate(model, chunk)) for chunk in chunks)
+    np.testing.assert_allclose(delta(internalizer(tokens)), wanted, atol=1e-5)
+    # Answers in a batch are those with the document's own LoRA.
+    prompt = tiny_base().tokenizer.prompt('what?')
+    other = tiny_base().tokenizer.encode('Another text, and a longer one, without any end')
+    found = Answerer(internalizer)([Question(tokens, prompt), Question(other, prompt)], 6)
+    for document, text in zip((tokens, other), found, strict=True):
+        assert answer(tiny_base(), [prompt], 6, lora_lib.round_rank(internalizer(document))) == [
+            text
+        ]
