@@ -5,10 +5,10 @@
     python -m launch.train --config=configs/d2l_docs.py:VARIANT_chunks,RECORDS,DIR --workdir=DIR2
 
 RECORDS is what `launch.generate_data` wrote with the same base model (several folders with `+`
-between); DIR the first stage's workdir. Variants: `smollm2` (two CPU cores; see `d2l.associative`),
-`gemma2_2b`, `mistral_7b`, `qwen3_4b` (the published settings, each for the TPUs that
-it names; for others set config.topology, mesh, groups and accumulate), `tiny` (SmolLM2 and seconds;
-for tests).
+between); DIR what training starts from, such as the first stage's workdir. Variants: `gemma2_2b`,
+`mistral_7b`, `qwen3_4b` (the published settings, each for the TPUs that it names; for others set
+config.topology, mesh, groups and accumulate), `tiny` (SmolLM2 and seconds; for tests). On two CPU
+cores another hypernetwork, see `d2l.associative`: `facts` (short documents), then `smollm2`.
 """
 
 import functools
@@ -29,6 +29,7 @@ def get_config(argument: str = '') -> ConfigDict:
     name = variant.removesuffix('_chunks')
     published = functools.partial(_published, name)
     variants = {
+        'facts': _facts,
         'smollm2': _smollm2,
         'tiny': _tiny,
         'gemma2_2b': lambda: published('v5e:8x8', {'fsdp': 64}),
@@ -41,12 +42,12 @@ def get_config(argument: str = '') -> ConfigDict:
         raise UserError('name the records: configs/d2l_docs.py:VARIANT,RECORDS')
     config = variants[name]()
     config.data.records = records
+    config.init_from = start
     if name != variant:
         if not start:
             raise UserError(
                 "name the first stage's workdir: configs/d2l_docs.py:VARIANT_chunks,RECORDS,DIR"
             )
-        config.init_from = start
         _in_chunks(config)
     return config
 
@@ -111,6 +112,7 @@ def _smollm2() -> ConfigDict:
                 'num_blocks': 2,
                 'num_heads': 4,
                 'bottleneck': 128,
+                'shared_rank': 16,
             },
         }
     )
@@ -119,10 +121,10 @@ def _smollm2() -> ConfigDict:
         {
             'name': 'documents',
             'records': '',
-            'steps': 400,
+            'steps': 300,
             'teacher': 'stored',
             'group_tokens': 1,  # a document each
-            'context_tokens': (32, 64, 128, 192, 256),
+            'context_tokens': (128, 192, 256),
             'chunks': (1.0,),
             'queries': 5,
             'query_tokens': 144,
@@ -136,6 +138,23 @@ def _smollm2() -> ConfigDict:
     )
     config.chunk_length = 256
     config.min_gate = 0.0
+    return config
+
+
+def _facts() -> ConfigDict:
+    """The same on short documents, from which it learns to read before it reads prose."""
+    config = _smollm2()
+    config.data.update(
+        {
+            'steps': 150,
+            'context_tokens': (32, 64, 128),
+            'queries': 3,
+            'query_tokens': 64,
+            'answer_tokens': 24,
+        }
+    )
+    config.groups = 16
+    config.optimizer.update({'steps': config.data.steps, 'end_learning_rate': 5e-4})
     return config
 
 

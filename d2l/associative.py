@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from d2l.hypernetwork import shared_pair
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.layers import PerLayerDense, dense
 from hyperlora.lora import Lora, LoraPair
@@ -43,6 +44,7 @@ class AssociativeConfig:
       num_blocks: Transformer blocks in which all tokens of a chunk see each other.
       num_heads: of their attention.
       bottleneck: of the maps that make keys and values.
+      shared_rank: of the LoRA that all documents share, in all layers: how to answer.
     """
 
     num_layers: int
@@ -54,6 +56,7 @@ class AssociativeConfig:
     num_blocks: int
     num_heads: int
     bottleneck: int
+    shared_rank: int
 
 
 class AssociativeMemory(nn.Module):
@@ -64,7 +67,7 @@ class AssociativeMemory(nn.Module):
     @nn.compact
     def __call__(
         self, features: dict[str, jax.Array], mask: jax.Array, **unused: Any
-    ) -> tuple[Lora, None]:
+    ) -> tuple[Lora, Lora]:
         """
         Args:
           features: `hidden [n, s, f]`, of a layer in the middle; `keys [n, w, s, i]`, what
@@ -72,7 +75,7 @@ class AssociativeMemory(nn.Module):
           mask: `[n, s]` bool, True for tokens.
 
         Returns:
-          A Lora of n rows and rank s - 1, and None: nothing is shared.
+          A Lora of n rows and rank s - 1, and a Lora of one row.
         """
         c = self.config
         followed = mask[:, 1:] & mask[:, :-1]
@@ -114,7 +117,10 @@ class AssociativeMemory(nn.Module):
             return jnp.pad(x, ((c.num_layers - c.written, 0), (0, 0), (0, 0), (0, 0)))
 
         pair = LoraPair(layers(a / c.inner), layers(b * gate * scale('gate', 1)))
-        return Lora({'down_proj': pair}, jnp.float32(c.scaling)), None
+        shape = c.num_layers, c.shared_rank, c.inner, c.width
+        shared = shared_pair(self, 'down_proj', *shape, c.inner**-0.5)
+        scaling = jnp.float32(c.scaling)
+        return Lora({'down_proj': pair}, scaling), Lora({'down_proj': shared}, scaling)
 
 
 class _Block(nn.Module):

@@ -105,6 +105,22 @@ class ResidualMlp(nn.Module):
         return x + nn.LayerNorm(epsilon=1e-5, name='norm_out')(y)
 
 
+def shared_pair(
+    hypernetwork: nn.Module, name: str, layers: int, rank: int, i: int, o: int, deviation: float
+) -> LoraPair:
+    """A learned LoRA of a module, one row, that all contexts share; A starts with a deviation, B at
+    zero."""
+
+    def factor(key, init, width):
+        init = nn.with_logical_partitioning(init, ('layers', None, 'lora'))
+        return hypernetwork.param(f'{key}_{name}', init, (layers, rank, width))[:, None]
+
+    return LoraPair(
+        factor('bias_a', nn.initializers.normal(deviation), i),
+        factor('bias_b', nn.initializers.zeros, o),
+    )
+
+
 class DocToLora(nn.Module):
     """Features of chunks -> one LoRA per chunk, and the learned LoRA shared by all contexts."""
 
@@ -182,18 +198,8 @@ class DocToLora(nn.Module):
             b = flat[:, m, ..., i : i + o] * per_rank('scaler_b', start)
             chunk_pairs[name] = LoraPair(a, b * gate if c.gate else b)
             if c.use_bias:
-
-                def shared(key, init, width, name=name):
-                    return self.param(
-                        f'{key}_{name}',
-                        nn.with_logical_partitioning(init, ('layers', None, 'lora')),
-                        (c.num_layers, c.rank, width),
-                    )[:, None]
-
-                deviation = 0.2 / (i * c.rank) ** 0.5
-                shared_pairs[name] = LoraPair(
-                    shared('bias_a', nn.initializers.normal(deviation), i),
-                    shared('bias_b', nn.initializers.zeros, o),
+                shared_pairs[name] = shared_pair(
+                    self, name, c.num_layers, c.rank, i, o, 0.2 / (i * c.rank) ** 0.5
                 )
         scaling = jnp.float32(c.scaling)
         return Lora(chunk_pairs, scaling), Lora(shared_pairs, scaling) if c.use_bias else None

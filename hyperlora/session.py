@@ -51,7 +51,7 @@ class Session:
 
     def __init__(
         self,
-        documents: str = 'smollm2-niah',
+        documents: str = 'smollm2-docs',
         tasks: str = 'smollm2-t2l',
         images: str = 'smollm2-images',
         captioner: str = 'smollm2-captioner',

@@ -18,7 +18,7 @@ from launch import cli
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
     None,
-    'Shipped weights or a folder; by default smollm2-niah for documents, smollm2-t2l for tasks.',
+    'Shipped weights or a folder; by default smollm2-docs for documents, smollm2-t2l for tasks.',
 )
 _DOCUMENT = flags.DEFINE_string('document', None, 'Text, Markdown, HTML or PDF.')
 _TASK = flags.DEFINE_string('task', None, 'Description of a task.')
@@ -42,7 +42,7 @@ def main(_):
     from hyperlora.session import Session
 
     session = Session(
-        documents=_CHECKPOINT.value or 'smollm2-niah',
+        documents=_CHECKPOINT.value or 'smollm2-docs',
         tasks=_CHECKPOINT.value or 'smollm2-t2l',
         quantization=_QUANTIZATION.value,
         iterative=_ITERATIVE.value,

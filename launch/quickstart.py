@@ -4,9 +4,9 @@
         [--image=FILE]
 
 Doc-to-LoRA: hides a number in a document longer than the base model's window, internalises it, and
-asks. Text-to-LoRA: describes tasks, and answers inputs of them. Then pictures go into the model,
-which sees none, and it is asked what they show. With --document and --question, --task and --input,
-or --image, the same is done for yours.
+asks; then does so with a short text and questions about it. Text-to-LoRA: describes tasks, and
+answers inputs of them. Then pictures go into the model, which sees none, and it is asked what they
+show. With --document and --question, --task and --input, or --image, the same is done for yours.
 """
 
 import pathlib
@@ -21,7 +21,7 @@ from hyperlora.errors import UserError
 from launch import cli
 
 _CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', 'smollm2-niah', 'Doc-to-LoRA: shipped weights or a folder.'
+    'checkpoint', 'smollm2-docs', 'Doc-to-LoRA: shipped weights or a folder.'
 )
 _TASK_CHECKPOINT = flags.DEFINE_string(
     'task_checkpoint', 'smollm2-t2l', 'Text-to-LoRA: shipped weights or a folder.'
@@ -35,6 +35,11 @@ _SEED = flags.DEFINE_integer(
     'seed', None, 'Of the number and its place; default: the clock.', lower_bound=0
 )
 
+_TEXT = (
+    'The Eiffel Tower in Oakville was painted green in 1987. The mayor of Oakville is Maria '
+    'Santos. The town has 12,000 inhabitants and is famous for its cheese festival, held every May.'
+)
+_QUESTIONS = ('Who is the mayor of Oakville?', 'How many inhabitants does the town have?')
 _TOKENS = 10_000  # of the generated document: past SmolLM2's window of 8192
 # Kinds of tasks that `smollm2-t2l` was trained on, as a user would put them.
 _TASKS = {
@@ -114,17 +119,22 @@ def main(_):
     for path in pictures:
         images.read(path)  # whether it can be, before anything takes long
 
-    session = Session(_CHECKPOINT.value, _TASK_CHECKPOINT.value)
-    tokenizer = session.internalizer.trained.hypernetwork.encoder.tokenizer
+    needles = Session('smollm2-niah')
+    tokenizer = needles.internalizer.trained.hypernetwork.encoder.tokenizer
     seed = time.time_ns() if _SEED.value is None else _SEED.value
     number, tokens = niah.hide(tokenizer, _TOKENS, seed)
-    base = session.base
+    base = needles.base
+    session = Session(_CHECKPOINT.value, _TASK_CHECKPOINT.value, base=base)
     print(
         f'{number} is hidden in {len(tokens)} tokens; the window of {base.name} is '
         f'{base.config.max_length}. Seconds include compilation; MB are those of the LoRA, or of '
         f'the KV cache of the whole document. --seed={seed}'
     )
-    compare(session, tokenizer.decode(tokens), niah.QUESTION, 16)
+    compare(needles, tokenizer.decode(tokens), niah.QUESTION, 16)
+    print(f'\n{_TEXT}')
+    for question in _QUESTIONS:
+        print(f'\n{question}')
+        compare(session, _TEXT, question, 24)
     if text is not None:
         print(f'\n{_DOCUMENT.value}, {len(session.tokens(text))} tokens: {_QUESTION.value}')
         compare(session, text, _QUESTION.value, 64)
