@@ -233,11 +233,12 @@ def _per_task(folder: str) -> ConfigDict:
 
 def _codes(folder: str) -> ConfigDict:
     """A LoRA per task that `after_codes` trains on, of the form that heads for each layer make."""
-    config, made = _multitask(folder), _after_codes('').hypernetwork
-    config.data.sources = config.data.sources[:-1]
+    config, after = _multitask(folder), _after_codes(folder)
     config.name = 'codes'
-    config.hypernetwork.modules = made.modules
-    config.hypernetwork.shape.update({'rank': made.shape.rank, 'codes': made.shape.head_width})
+    config.data.sources = after.data.sources
+    shape = after.hypernetwork.shape
+    config.hypernetwork.modules = after.hypernetwork.modules
+    config.hypernetwork.shape.update({'rank': shape.rank, 'codes': shape.head_width})
     return _entries(config)
 
 

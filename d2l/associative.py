@@ -4,7 +4,7 @@ Each token of a document is one rank of the LoRA of `down_proj`. Its A is a key:
 model computes something alike, B, the value, reminds it of the token that follows. That is Hebbian
 learning, or a step of gradient descent on the text, with maps that are learned (compare MEND, arXiv
 2110.11309, and fast weight programmers, arXiv 2102.11174). Values start as the base model's own
-embeddings of the tokens, which it unembeds alike: so no word need be learned.
+embeddings of the tokens, which it unembeds alike (if it ties the two): so no word need be learned.
 
 Axes: n chunks, l layers, w layers that are written, s tokens, f feature width, z latent width, i
 width of the MLP.
@@ -13,7 +13,6 @@ width of the MLP.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -66,13 +65,20 @@ class AssociativeMemory(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: dict[str, jax.Array], mask: jax.Array, **unused: Any
+        self,
+        features: dict[str, jax.Array],
+        mask: jax.Array,
+        iterative: bool = False,
+        min_gate: float = 0.0,
     ) -> tuple[Lora, Lora]:
-        """
+        """Generates LoRAs in one forward pass.
+
         Args:
           features: `hidden [n, s, f]`, of a layer in the middle; `keys [n, w, s, i]`, what
             `down_proj` reads in the layers that are written; `values [n, s, f]`, embeddings.
           mask: `[n, s]` bool, True for tokens.
+          iterative, min_gate: as `DocToLora` takes them; here nothing is run in turn, and no chunk
+            has a gate.
 
         Returns:
           A Lora of n rows and rank s - 1, and a Lora of one row.
@@ -99,7 +105,7 @@ class AssociativeMemory(nn.Module):
         def mapped(name, x, width):
             y = nn.silu(PerLayerDense(c.bottleneck, ('embed', 'mlp'), name=f'{name}_down')(x))
             up = PerLayerDense(
-                width, ('mlp', 'lora'), kernel_init=nn.initializers.zeros, name=f'{name}_up'
+                width, ('latent', 'lora'), kernel_init=nn.initializers.zeros, name=f'{name}_up'
             )
             return up(y)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 
 from ml_collections import ConfigDict
 
@@ -60,6 +61,9 @@ SAME_TASK: tuple[frozenset[str], ...] = tuple(
         'ii_negation sentence_to_negation',
     )
 )
+
+_COMPARED = 1000  # examples of a task, to find out whether another one is the same,
+_MANY = 20  # which it is if it answers so many inputs alike and none otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,4 +166,29 @@ def collect(config: ConfigDict) -> Collection:
                 f'{", ".join(sorted(same & train.keys()))} trained on: that is the same task; '
                 'hold out both or neither'
             )
+    _check_answers(train.values(), held_out.values())
     return Collection(tuple(train.values()), tuple(held_out.values()), tuple(weights))
+
+
+def _check_answers(train: Iterable[Task], held_out: Iterable[Task]) -> None:
+    """Refuses tasks to train on that answer every input which they share with a held-out task as
+    that does, if they share many.
+
+    Raises:
+      UserError: there is one.
+    """
+    answers: dict[str, list[tuple[str, str]]] = {}
+    for task in held_out:
+        for example in itertools.islice(itertools.chain(task.train, task.test), _COMPARED):
+            answers.setdefault(example.input, []).append((task.name, example.output))
+    for task in train:
+        same: dict[str, list[bool]] = {}
+        for example in itertools.islice(task.train, _COMPARED):
+            for name, output in answers.get(example.input, ()):
+                same.setdefault(name, []).append(output in example.outputs)
+        for name, agreed in same.items():
+            if len(agreed) >= _MANY and all(agreed):
+                raise UserError(
+                    f'{name} held out, but {task.name} trained on: they answer {len(agreed)} '
+                    'inputs alike, so that is the same task; hold out both or neither'
+                )

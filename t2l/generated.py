@@ -30,6 +30,8 @@ _WORDS: dict[str, list[str]] = {
     kind: text.split()
     for kind, text in parse(pathlib.Path(__file__).with_name('words.yaml')).items()
 }
+# Kind -> its gloss, and words.
+FURTHER_KINDS: dict[str, dict[str, str]] = parse(pathlib.Path(__file__).with_name('kinds.yaml'))
 _PAST = dict(entry.split(':') for entry in _WORDS['verb'] if ':' in entry)
 _WORDS['verb'] = [entry.split(':')[0] for entry in _WORDS['verb']]
 _KIND = {word: kind for kind, words in _WORDS.items() for word in words}
@@ -77,7 +79,7 @@ _ACTIONS = {
 
 # ---------------------------------------------------------------------------------- inputs
 
-Inputs = Sequence[str] | Callable[[np.random.Generator], str]  # all, or what draws one
+Inputs = tuple[str, ...] | Callable[[np.random.Generator], str]  # all, or what draws one
 
 
 def pick(rng: np.random.Generator, options: Sequence[str], count: int) -> list[str]:
@@ -115,12 +117,12 @@ def _medley(rng: np.random.Generator) -> str:
     return ', '.join(rng.permutation([pick(rng, members(kind), 1)[0] for kind in kinds]))
 
 
-def _list_of(count: int) -> Callable[[np.random.Generator], str]:
+def list_of(count: int) -> Callable[[np.random.Generator], str]:
     words = _words(*_NOUNS, 'body', 'adjective', 'verb')
     return lambda rng: ', '.join(pick(rng, words, count))
 
 
-def _among(kind: str, other: str, count: int) -> Callable[[np.random.Generator], str]:
+def among(kind: str, other: str, count: int) -> Callable[[np.random.Generator], str]:
     """One word of a kind among words of another: `count` in all."""
 
     def draw(rng: np.random.Generator) -> str:
@@ -248,20 +250,20 @@ _AMONG: dict[str, tuple[str, str, int]] = {
 
 # A domain is a list of all inputs, or a function that draws one.
 DOMAINS: dict[str, Inputs] = {
-    'word': _words(*_NOUNS, 'body', 'adjective', 'verb'),
-    'thing': _words(*_NOUNS, 'body'),
-    'noun': [word for word in _words(*_NOUNS) if word != 'scissors'],
-    'verb': _WORDS['verb'],
-    'adjective': _WORDS['adjective'],
+    'word': tuple(_words(*_NOUNS, 'body', 'adjective', 'verb')),
+    'thing': tuple(_words(*_NOUNS, 'body')),
+    'noun': tuple(word for word in _words(*_NOUNS) if word != 'scissors'),
+    'verb': tuple(_WORDS['verb']),
+    'adjective': tuple(_WORDS['adjective']),
     'counted_noun': lambda rng: f'{rng.integers(1, 13)} x {pick(rng, DOMAINS["noun"], 1)[0]}',
     'phrase': _phrase,
     'repetition': _repetition,
     'mixture': _mixture,
     'medley': _medley,
-    'list_of_3': _list_of(3),
-    'list_of_4': _list_of(4),
-    'list_of_5': _list_of(5),
-    **{name: _among(*kinds) for name, kinds in _AMONG.items()},
+    'list_of_3': list_of(3),
+    'list_of_4': list_of(4),
+    'list_of_5': list_of(5),
+    **{name: among(*kinds) for name, kinds in _AMONG.items()},
     'sentence': _sentence,
     'full_name': _full_name,
     'path': _path,
@@ -269,13 +271,13 @@ DOMAINS: dict[str, Inputs] = {
     'pair': lambda rng: '{} and {}'.format(*rng.choice(np.arange(1, 51), 2, replace=False)),
     'progression': _progression,
     'integer': lambda rng: str(rng.integers(10, 1000)),
-    'small_integer': [str(i) for i in range(1, 201)],
+    'small_integer': tuple(str(i) for i in range(1, 201)),
     'iso_date': _iso_date,
     'calendar_day': _calendar_day,
-    'clock': [f'{hour:02}:{minute:02}' for hour in range(24) for minute in range(60)],
-    'country': list(_COUNTRIES),
-    'language': list(_LANGUAGES),
-    'currency': list(_CURRENCIES),
+    'clock': tuple(f'{hour:02}:{minute:02}' for hour in range(24) for minute in range(60)),
+    'country': tuple(_COUNTRIES),
+    'language': tuple(_LANGUAGES),
+    'currency': tuple(_CURRENCIES),
 }
 
 # ---------------------------------------------------------------------------------- answers
@@ -347,7 +349,11 @@ def rewrite(form: str) -> Callable[[str], str]:
 
 @functools.cache
 def members(kind: str) -> list[str]:
-    """Words of a kind; those that could be taken for another kind are left out."""
+    """Words of a kind; those that could be taken for another kind are left out.
+
+    Raises:
+      KeyError: no such kind.
+    """
     adjectives = [word for word in _WORDS['adjective'] if word != 'green']
     if kind in ('country', 'language'):
         names = {'country': _COUNTRIES, 'language': _LANGUAGES}[kind]
@@ -364,19 +370,19 @@ def members(kind: str) -> list[str]:
         'verb': [word for word in _WORDS['verb'] if word not in ('fly', 'cook')],
         'body part': _WORDS['body'],
         'given name': _WORDS['given_name'],
-    }.get(kind) or _WORDS[kind]
+    }.get(kind) or (_WORDS.get(kind) or FURTHER_KINDS[kind]['words'].split())
 
 
-def _of_kind(kind: str) -> Callable[[str], str]:
+def of_kind(kind: str) -> Callable[[str], str]:
     return lambda text: next(word for word in text.split(', ') if word in members(kind))
 
 
-def _position_of(kind: str) -> Callable[[str], str]:
+def position_of(kind: str) -> Callable[[str], str]:
     """Where in the list the word of a kind stands, from 1."""
-    return lambda text: str(1 + text.split(', ').index(_of_kind(kind)(text)))
+    return lambda text: str(1 + text.split(', ').index(of_kind(kind)(text)))
 
 
-def _without(kind: str) -> Callable[[str], str]:
+def without(kind: str) -> Callable[[str], str]:
     return _items(lambda words: [word for word in words if word not in members(kind)])
 
 
@@ -561,27 +567,27 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
     },
     'meaning': {
         'mixture': {
-            'pick_animal': _of_kind('animal'),
-            'pick_fruit': _of_kind('fruit'),
-            'pick_vehicle': _of_kind('vehicle'),
-            'pick_garment': _of_kind('garment'),
-            'pick_job': _of_kind('job'),
-            'position_of_animal': _position_of('animal'),
-            'position_of_fruit': _position_of('fruit'),
+            'pick_animal': of_kind('animal'),
+            'pick_fruit': of_kind('fruit'),
+            'pick_vehicle': of_kind('vehicle'),
+            'pick_garment': of_kind('garment'),
+            'pick_job': of_kind('job'),
+            'position_of_animal': position_of('animal'),
+            'position_of_fruit': position_of('fruit'),
             'pick_animal_and_job': lambda text: (
-                f'{_of_kind("animal")(text)} and {_of_kind("job")(text)}'
+                f'{of_kind("animal")(text)} and {of_kind("job")(text)}'
             ),
-            'mixture_without_animal': _without('animal'),
+            'mixture_without_animal': without('animal'),
         },
         'medley': {
-            'pick_body_part': _of_kind('body part'),
-            'pick_object': _of_kind('object'),
-            'pick_adjective': _of_kind('adjective'),
-            'pick_given_name': _of_kind('given name'),
-            'pick_month': _of_kind('month'),
-            'pick_number_word': _of_kind('number word'),
+            'pick_body_part': of_kind('body part'),
+            'pick_object': of_kind('object'),
+            'pick_adjective': of_kind('adjective'),
+            'pick_given_name': of_kind('given name'),
+            'pick_month': of_kind('month'),
+            'pick_number_word': of_kind('number word'),
         },
-        **{name: {name: _of_kind(kind)} for name, (kind, *_) in _AMONG.items()},
+        **{name: {name: of_kind(kind)} for name, (kind, *_) in _AMONG.items()},
         'thing': {
             'is_animal': lambda word: 'yes' if _KIND[word] == 'animal' else 'no',
             'kind_of_thing': lambda word: 'body part' if _KIND[word] == 'body' else _KIND[word],
@@ -812,6 +818,7 @@ def _draws(domain: str, inputs: Inputs, seed: int) -> Iterator[str]:
             yield text
 
 
+@functools.lru_cache(maxsize=256)
 def split(
     domain: str, inputs: Inputs, seed: int, train: int, test: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -822,11 +829,6 @@ def split(
     draws = _draws(domain, inputs, seed)
     drawn = [next(draws) for _ in range(test + train)]
     return tuple(drawn[test:]), tuple(drawn[:test])
-
-
-@functools.lru_cache(maxsize=256)
-def _split(domain: str, seed: int, train: int, test: int) -> tuple[tuple[str, ...], ...]:
-    return split(domain, DOMAINS[domain], seed, train, test)
 
 
 def generate(name: str, seed: int = 0, train: int = 500, test: int = 100) -> Task:
@@ -848,6 +850,6 @@ def generate(name: str, seed: int = 0, train: int = 500, test: int = 100) -> Tas
         test_descriptions,
         *(
             tuple(Example(text, (recipe.answer(text),)) for text in inputs)
-            for inputs in _split(recipe.domain, seed, train, test)
+            for inputs in split(recipe.domain, DOMAINS[recipe.domain], seed, train, test)
         ),
     )

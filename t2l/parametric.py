@@ -8,9 +8,10 @@ heart, they must be read. What `configs/t2l.py` holds out is no rule's value.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import babel
 import babel.dates
@@ -23,8 +24,9 @@ from t2l import generated
 from t2l.generated import Inputs
 from t2l.tasks import Example, Task, parse
 
-FOLDER = pathlib.Path(__file__).parent
-TEMPLATES: dict[str, dict[str, list[str]]] = parse(FOLDER / 'parametric.yaml')
+TEMPLATES: dict[str, dict[str, list[str]]] = parse(
+    pathlib.Path(__file__).with_name('parametric.yaml')
+)
 _ENGLISH = inflect.engine()
 
 # Positions from the start and from the end, counted as Python does.
@@ -74,34 +76,27 @@ class Recipe:
 
 # ---------------------------------------------------------------------------------- inputs
 
-_ANY = list(generated.DOMAINS['thing'])
+_ANY = generated.DOMAINS['thing']
 
 
-def _kinds() -> dict[str, tuple[list[str], str]]:
-    """Kind -> its members and what it is, in a few words."""
-    kinds = {name: (entry['words'].split(), entry['gloss']) for name, entry in _OTHER_KINDS.items()}
-    glosses = {
-        'animal': 'a living being that is no plant',
-        'fruit': 'something juicy from a tree or bush',
-        'garment': 'something to wear',
-        'job': 'what somebody does for a living',
-        'body part': 'a piece of a human being',
-        'object': 'a thing that people have at home',
-        'vehicle': '',
-        'verb': '',
-        'adjective': 'a word for what something is like',
-        'given name': 'what parents call a child',
-        'country': 'a nation on the map',
-        'language': 'something people speak',
-        'month': 'a twelfth of the year',
-        'weekday': 'a seventh of a week',
-        'number word': 'a word that is used in counting',
-    }
-    return kinds | {kind: (generated.members(kind), gloss) for kind, gloss in glosses.items()}
-
-
-_OTHER_KINDS = parse(FOLDER / 'kinds.yaml')
-KINDS = _kinds()
+# Kind -> what it is, in a few words.
+GLOSSES = {kind: entry['gloss'] for kind, entry in generated.FURTHER_KINDS.items()} | {
+    'animal': 'a living being that is no plant',
+    'fruit': 'something juicy from a tree or bush',
+    'garment': 'something to wear',
+    'job': 'what somebody does for a living',
+    'body part': 'a piece of a human being',
+    'object': 'a thing that people have at home',
+    'vehicle': 'a means of transport',
+    'verb': 'a word for what is done',
+    'adjective': 'a word for what something is like',
+    'given name': 'what parents call a child',
+    'country': 'a nation on the map',
+    'language': 'something people speak',
+    'month': 'a twelfth of the year',
+    'weekday': 'a seventh of a week',
+    'number word': 'a word that is used in counting',
+}
 
 
 def _told_apart(kind: str, other: str) -> bool:
@@ -113,39 +108,29 @@ def _phrase(rng: np.random.Generator) -> str:
     return ' '.join(generated.pick(rng, _ANY, int(rng.integers(5, 7))))
 
 
-def _list(count: int) -> Callable[[np.random.Generator], str]:
-    return lambda rng: ', '.join(generated.pick(rng, _ANY, count))
-
-
 def _mixed(kind: str) -> Callable[[np.random.Generator], str]:
     """A word of a kind among two to four words of as many other kinds."""
-    others = [other for other in KINDS if _told_apart(kind, other)]
+    others = [other for other in GLOSSES if _told_apart(kind, other)]
 
     def draw(rng: np.random.Generator) -> str:
         chosen: list[str] = [kind]
         for other in rng.permutation(others):
             if all(_told_apart(str(other), known) for known in chosen):
                 chosen.append(str(other))
-        words = [generated.pick(rng, KINDS[k][0], 1)[0] for k in chosen[: rng.integers(3, 6)]]
+        words = [
+            generated.pick(rng, generated.members(k), 1)[0] for k in chosen[: rng.integers(3, 6)]
+        ]
         return ', '.join(rng.permutation(words))
 
     return draw
 
 
-def _one_among(kind: str, other: str, count: int) -> Callable[[np.random.Generator], str]:
-    def draw(rng: np.random.Generator) -> str:
-        words = generated.pick(rng, KINDS[kind][0], 1)
-        return ', '.join(rng.permutation(words + generated.pick(rng, KINDS[other][0], count - 1)))
-
-    return draw
-
-
-def _of_kind_or_not(kind: str) -> list[str]:
-    """Members of a kind and as many other words, in turn."""
+def _of_kind_or_not(kind: str) -> tuple[str, ...]:
+    """Members of a kind, and as many other words."""
     rng = np.random.default_rng(0)
-    others = [w for k in KINDS if _told_apart(kind, k) for w in KINDS[k][0]]
-    members = list(KINDS[kind][0])
-    return [*members, *generated.pick(rng, others, len(members))]
+    others = [word for k in GLOSSES if _told_apart(kind, k) for word in generated.members(k)]
+    members = generated.members(kind)
+    return (*members, *generated.pick(rng, others, len(members)))
 
 
 def _with_letter(letter: str, index: int) -> Callable[[np.random.Generator], str]:
@@ -205,19 +190,8 @@ def _front(parts: list[str], i: int) -> list[str]:
     return [parts[i], *_drop(parts, i)]
 
 
-def _sought(kind: str) -> Callable[[list[str]], int]:
-    members = frozenset(KINDS[kind][0])
-    return lambda words: next(i for i, word in enumerate(words) if word in members)
-
-
-def _by_kind(kind: str, answer: Callable[[list[str], int], str]) -> Callable[[str], str]:
-    find = _sought(kind)
-
-    def answered(text: str) -> str:
-        words = text.split(', ')
-        return answer(words, find(words))
-
-    return answered
+def _is_kind(kind: str) -> Callable[[str], str]:
+    return lambda word: 'yes' if word in generated.members(kind) else 'no'
 
 
 def _with_time(time: str) -> Callable[[str], str]:
@@ -233,22 +207,10 @@ def _with_adverb(adverb: str) -> Callable[[str], str]:
 
 
 def _date(pattern: str) -> Callable[[str], str]:
-    """An ISO date in the form of a pattern of YYYY, YY, MM, M, DD, D and Mon."""
-
-    def answer(text: str) -> str:
-        year, month, day = text.split('-')
-        parts = {
-            'YYYY': year,
-            'YY': year[2:],
-            'Mon': babel.dates.get_month_names('abbreviated', 'format', 'en')[int(month)],
-            'MM': month,
-            'DD': day,
-            'M': str(int(month)),
-            'D': str(int(day)),
-        }
-        return re.sub('YYYY|YY|Mon|MM|DD|M|D', lambda found: parts[found[0]], pattern)
-
-    return answer
+    """An ISO date in the form of a pattern of CLDR."""
+    return lambda text: babel.dates.format_date(
+        datetime.date.fromisoformat(text), pattern, locale='en'
+    )
 
 
 # ---------------------------------------------------------------------------------- rules
@@ -292,19 +254,20 @@ _TITLES = 'Dr. Professor Captain Judge Colonel Sister Senator President Chef Coa
 _HOSTS = 'school.org work.net mail.com uni.edu bank.de news.tv'.split()
 _ENDINGS = 'txt pdf png jpg mp3 zip html csv py json'.split()
 _UNITS = 'kg km meters liters dollars euros percent degrees minutes hours points pages'.split()
+# A pattern as people write it -> CLDR's, and its parts.
 _DATES = {
-    'DD.MM.YYYY': 'day, month and year with dots',
-    'DD/MM/YYYY': 'day, month and year with slashes',
-    'MM-DD-YYYY': 'month, day and year with hyphens',
-    'YYYY/MM/DD': 'year, month and day with slashes',
-    'YYYYMMDD': 'year, month and day without anything between',
-    'D Mon YYYY': 'the day, the month in three letters and the year',
-    'Mon D': 'the month in three letters and the day, no year',
-    'MM/YYYY': 'month and year with a slash',
-    'DD.MM.': 'day and month, a dot after each',
-    'M/D/YY': 'month, day and the last two digits of the year with slashes',
-    'Mon YYYY': 'the month in three letters and the year',
-    'D-Mon-YY': 'day, short month and short year with hyphens',
+    'DD.MM.YYYY': ('dd.MM.yyyy', 'day, month and year with dots'),
+    'DD/MM/YYYY': ('dd/MM/yyyy', 'day, month and year with slashes'),
+    'MM-DD-YYYY': ('MM-dd-yyyy', 'month, day and year with hyphens'),
+    'YYYY/MM/DD': ('yyyy/MM/dd', 'year, month and day with slashes'),
+    'YYYYMMDD': ('yyyyMMdd', 'year, month and day without anything between'),
+    'D Mon YYYY': ('d MMM yyyy', 'the day, the month in three letters and the year'),
+    'Mon D': ('MMM d', 'the month in three letters and the day, no year'),
+    'MM/YYYY': ('MM/yyyy', 'month and year with a slash'),
+    'DD.MM.': ('dd.MM.', 'day and month, a dot after each'),
+    'M/D/YY': ('M/d/yy', 'month, day and the last two digits of the year with slashes'),
+    'Mon YYYY': ('MMM yyyy', 'the month in three letters and the year'),
+    'D-Mon-YY': ('d-MMM-yy', 'day, short month and short year with hyphens'),
 }
 _LANGUAGES = {
     'French': 'fr',
@@ -377,9 +340,12 @@ def _rules_of_lists() -> Iterator[Recipe]:
     for name, sign in _SIGNS.items():
         yield Recipe('join', {'sign': name}, *phrase, lambda t, s=sign: t.replace(' ', s))
         separated = lambda t, s=sign: t.replace(', ', s)  # noqa: E731
-        yield Recipe('separator', {'sign': name}, 'things_4', _list(4), separated)
+        yield Recipe(
+            'separator', {'sign': name}, 'list_of_4', generated.DOMAINS['list_of_4'], separated
+        )
     for count in _COUNTS:
-        domain = f'things_{count}', _list(count)
+        name = f'list_of_{count}'
+        domain = name, generated.DOMAINS.get(name) or generated.list_of(count)
         for nth, i in _NTH.items():
             if not -count <= i < count or 2 * (i % count) + 1 == count:  # the middle is held out
                 continue
@@ -408,42 +374,26 @@ def _rules_of_lists() -> Iterator[Recipe]:
 
 def _rules_of_kinds() -> Iterator[Recipe]:
     rng = np.random.default_rng(0)
-    for kind, (_, gloss) in KINDS.items():
+    for kind, gloss in GLOSSES.items():
         if kind in NEVER_SOUGHT:
             continue
         slots = {'kind': kind, 'a_kind': _ENGLISH.a(kind), 'gloss': gloss}
         mixed = f'mixed_{kind}', _mixed(kind)
-        yield Recipe('kind_mixed', slots, *mixed, _by_kind(kind, lambda words, i: words[i]))
-        yield Recipe(
-            'kind_without',
-            slots,
-            *mixed,
-            _by_kind(kind, lambda words, i: ', '.join(_drop(words, i))),
-        )
-        yield Recipe('kind_position', slots, *mixed, _by_kind(kind, lambda words, i: str(i + 1)))
+        yield Recipe('kind_mixed', slots, *mixed, generated.of_kind(kind))
+        yield Recipe('kind_without', slots, *mixed, generated.without(kind))
+        yield Recipe('kind_position', slots, *mixed, generated.position_of(kind))
         if kind != 'animal':  # a generated task
-            members = frozenset(KINDS[kind][0])
-            yield Recipe(
-                'is_kind',
-                slots,
-                f'{kind}_or_not',
-                _of_kind_or_not(kind),
-                lambda word, members=members: 'yes' if word in members else 'no',
-            )
-        others = [o for o in KINDS if _told_apart(kind, o) and len(KINDS[o][0]) > 6]
+            either = f'{kind}_or_not', _of_kind_or_not(kind)
+            yield Recipe('is_kind', slots, *either, _is_kind(kind))
+        others = [o for o in GLOSSES if _told_apart(kind, o) and len(generated.members(o)) > 6]
         for other, count in zip(generated.pick(rng, others, 2), (3, 5), strict=True):
             more = {
                 'other': other,
                 'others': _ENGLISH.plural(other),
                 'a_other': _ENGLISH.a(other),
             }
-            yield Recipe(
-                'kind_among',
-                slots | more,
-                f'{kind}_among_{other}_{count}',
-                _one_among(kind, other, count),
-                _by_kind(kind, lambda words, i: words[i]),
-            )
+            among = f'{kind}_among_{other}_{count}', generated.among(kind, other, count)
+            yield Recipe('kind_among', slots | more, *among, generated.of_kind(kind))
 
 
 def _rules_of_numbers_and_dates() -> Iterator[Recipe]:
@@ -486,8 +436,8 @@ def _rules_of_numbers_and_dates() -> Iterator[Recipe]:
         shifted = generated.clock('{hour:02}:{minute:02}', minutes)
         yield Recipe('clock_shift', slots, *clock, shifted)
     iso = 'iso_date', generated.DOMAINS['iso_date']
-    for pattern, words in _DATES.items():
-        yield Recipe('date_format', {'pattern': pattern, 'words': words}, *iso, _date(pattern))
+    for pattern, (form, words) in _DATES.items():
+        yield Recipe('date_format', {'pattern': pattern, 'words': words}, *iso, _date(form))
 
 
 def _rules_of_sentences_and_names() -> Iterator[Recipe]:
@@ -538,9 +488,7 @@ def generate(name: str, seed: int = 0, train: int = 200, test: int = 100) -> Tas
         part: tuple(template.format(**recipe.slots) for template in templates)
         for part, templates in TEMPLATES[recipe.rule].items()
     }
-    splits: Sequence[Sequence[str]] = generated.split(
-        recipe.domain, recipe.inputs, seed, train, test
-    )
+    splits = generated.split(recipe.domain, recipe.inputs, seed, train, test)
     return Task(
         name,
         'parametric',

@@ -310,18 +310,17 @@ def task(name, inputs):
 
 
 TASKS = tuple(task(f'task {i}', [f'{chr(97 + i)}{"x" * n}' for n in range(1, 9)]) for i in range(5))
+EVEN = (1,) * len(TASKS)
 SETTINGS = ConfigDict(
     {'max_tokens': 30, 'row_tokens': 48, 'row_labels': 24, 'steps': 4, 'description_noise': 0.0}
 )
 
 
-def groups(per_step=3, **changes):
+def groups(per_step=3, weights=EVEN, **changes):
     embeddings = [np.arange(2, dtype=np.float32)[:, None] + 10 * i for i in range(len(TASKS))]
     config = SETTINGS.copy_and_resolve_references()
     config.update(changes)
-    return TaskGroups(
-        TASKS, np.ones(len(TASKS)), embeddings, tiny_base().tokenizer, config, 0, per_step
-    )
+    return TaskGroups(TASKS, weights, embeddings, tiny_base().tokenizer, config, 0, per_step)
 
 
 def test_groups_are_packed_rows_of_one_task():
@@ -357,6 +356,13 @@ def test_groups_are_packed_rows_of_one_task():
         assert set(texts) <= known  # never the test example
         seen.add((index // 3, number))
     assert len(seen) == len(source)  # the tasks of a step are different
+
+
+def test_tasks_are_drawn_by_weight():
+    source = groups(per_step=1, weights=(3, 1, 1, 1, 1e-9), steps=400)
+    drawn = [int(source[i]['context']['task'][0]) for i in range(len(source))]
+    counts = np.bincount(drawn, minlength=5) / len(drawn)
+    np.testing.assert_allclose(counts, [1 / 2, 1 / 6, 1 / 6, 1 / 6, 0], atol=0.08)
 
 
 def test_described_by_a_region():

@@ -411,23 +411,10 @@ def first_layers(
       The final norm of the last layer's output, `[b, s, d]`, and the input of every layer,
       `[count, b, s, d]` (not computed under jit if not used).
     """
-    params = jax.lax.stop_gradient(params)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    where = places(config, positions, segments, soft)
-    kinds = local_flags(config)
-
-    def layer(x, index):
-        own, local = jax.tree.map(
-            lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False),
-            (params['layers'], kinds),
-        )
-        out, _ = Block(config, None).apply({'params': own}, x, None, None, local, where, None, None)
-        return out, x
-
-    x = embed(config, params['embedder']['embedding'], tokens, soft)
-    x, inputs = jax.lax.scan(layer, x, jnp.arange(count))
+    x, inputs = _run_layers(config, params, tokens, count, segments, soft)
     norm = RMSNorm(config.norm_eps, config.norm_offset)
-    return norm.apply({'params': params['final_norm']}, x), inputs
+    final = jax.lax.stop_gradient(params['final_norm'])
+    return norm.apply({'params': final}, x), inputs
 
 
 def inputs_of(
@@ -442,23 +429,34 @@ def inputs_of(
     Returns:
       `[l, b, s, d]` and `[l, b, s, i]`.
     """
+    return _run_layers(config, params, tokens, config.num_layers, tapped=module)[1:]
+
+
+def _run_layers(config, params, tokens, count, segments=None, soft=None, tapped=''):
+    """The output of the last of `count` layers, the input of each, and, if a projection is
+    `tapped`, what that reads in each; see `first_layers`."""
     params = jax.lax.stop_gradient(params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    where = places(config, positions)
+    where = places(config, positions, segments, soft)
+    kinds = local_flags(config)
 
-    def layer(x, own):
-        params, local = own
-        seen = []
+    def layer(x, index):
+        own, local = jax.tree.map(
+            lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False),
+            (params['layers'], kinds),
+        )
+        read = []
 
         def tap(call, args, kwargs, context):
-            if context.module.name == module:
-                seen.append(args[0])
+            if context.module.name == tapped:
+                read.extend(args[:1])
             return call(*args, **kwargs)
 
         with nn.intercept_methods(tap):
             block = Block(config, None)
-            out, _ = block.apply({'params': params}, x, None, None, local, where, None, None)
-        return out, (x, seen[0])
+            out, _ = block.apply({'params': own}, x, None, None, local, where, None, None)
+        return out, (x, *read)
 
-    x = embed(config, params['embedder']['embedding'], tokens)
-    return jax.lax.scan(layer, x, (params['layers'], local_flags(config)))[1]
+    x = embed(config, params['embedder']['embedding'], tokens, soft)
+    x, (inputs, *read) = jax.lax.scan(layer, x, jnp.arange(count))
+    return x, inputs, *read
