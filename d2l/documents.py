@@ -251,7 +251,7 @@ READERS: dict[str, Callable[..., Iterable[Document]]] = {
 def source(text: str) -> dict[str, Any]:
     """What `READER,PATH` names, as a source of `read`. A path alone is read by its ending (.json is
     SQuAD's layout); what has none is the name of a TFDS data set. Made-up documents are named as
-    `facts,COUNT` or `facts,COUNT,SPLIT`.
+    `facts,COUNT`, `facts,COUNT,SPLIT` or, with so many facts each, `facts,COUNT,SPLIT,FACTS`.
 
     Raises:
       UserError: neither.
@@ -264,13 +264,14 @@ def source(text: str) -> dict[str, Any]:
     if not reader or not path:
         raise UserError(f'name the documents as READER,PATH ({", ".join(READERS)}), not {text!r}')
     if reader in ('facts', 'words'):
-        count, _, split = path.partition(',')
-        if not count.isdecimal():
+        count, split, facts = (*path.split(','), '', '')[:3]
+        if not (count.isdecimal() and (facts or '1').isdecimal()):
             raise UserError(f'how many made-up documents? {reader},COUNT, not {text!r}')
         source = {'reader': reader, 'count': int(count), 'seed': 0}
-        return (
-            source if reader == 'words' else {**source, 'facts': (1, 8), 'split': split or 'train'}
-        )
+        if reader == 'words':
+            return source
+        span = (int(facts), int(facts)) if facts else (1, 8)
+        return {**source, 'facts': span, 'split': split or 'train'}
     if reader == 'names':
         return {'reader': reader, 'path': path, 'asked': True, 'digits': 50, 'seed': 0}
     return {'reader': reader, 'name' if reader == 'tfds' else 'path': path}

@@ -342,5 +342,6 @@ def test_sources():
     facts = {'reader': 'facts', 'count': 9, 'seed': 0, 'facts': (1, 8)}
     assert documents.source('facts,9') == {**facts, 'split': 'train'}
     assert documents.source('facts,9,phrasings') == {**facts, 'split': 'phrasings'}
+    assert documents.source('facts,9,train,8')['facts'] == (8, 8)
     with pytest.raises(UserError, match='how many made-up documents'):
         documents.source('facts,many')
