@@ -121,10 +121,10 @@ def _smollm2() -> ConfigDict:
         {
             'name': 'documents',
             'records': '',
-            'steps': 300,
+            'steps': 340,
             'teacher': 'stored',
             'group_tokens': 1,  # a document each
-            'context_tokens': (128, 192, 256),
+            'context_tokens': (128, 192, 256, 384),
             'chunks': (1.0,),
             'queries': 5,
             'query_tokens': 144,
@@ -136,7 +136,7 @@ def _smollm2() -> ConfigDict:
     config.optimizer.update(
         {'learning_rate': 1e-3, 'end_learning_rate': 1e-5, 'steps': config.data.steps}
     )
-    config.chunk_length = 256
+    config.chunk_length = 512
     config.min_gate = 0.0
     return config
 

@@ -1,10 +1,12 @@
 """A hypernetwork that writes a document into a linear associative memory: activations -> a `Lora`.
 
 Each token of a document is one rank of the LoRA of `down_proj`. Its A is a key: where the adapted
-model computes something alike, B, the value, reminds it of the token that follows. That is Hebbian
-learning, or a step of gradient descent on the text, with maps that are learned (compare MEND, arXiv
-2110.11309, and fast weight programmers, arXiv 2102.11174). Values start as the base model's own
-embeddings of the tokens, which it unembeds alike (if it ties the two): so no word need be learned.
+model computes something alike, B, the value, reminds it of the token that follows. Keys and values
+are learned maps of activations (compare MEND, arXiv 2110.11309), and the memory is what some steps
+of gradient descent from keys to values find (the delta rule of fast weight programmers, arXiv
+2102.11174, on all tokens at once), in closed form. Values start as the base model's own
+unembeddings of the tokens, whitened, so that each says its token rather than those that are like
+it or frequent: no word need be learned.
 
 Axes: n chunks, l layers, w layers that are written, s tokens, f feature width, z latent width, i
 width of the MLP.
@@ -13,6 +15,8 @@ width of the MLP.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,6 +30,9 @@ from hyperlora.layers import PerLayerDense, dense
 from hyperlora.lora import Lora, LoraPair
 from hyperlora.models import decoder, quantization
 from hyperlora.models.base import BaseModel
+from hyperlora.models.families import DecoderConfig
+
+_DOUBLINGS = 4  # of the steps of gradient descent by which a document is written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +82,7 @@ class AssociativeMemory(nn.Module):
 
         Args:
           features: `hidden [n, s, f]`, of a layer in the middle; `keys [n, w, s, i]`, what
-            `down_proj` reads in the layers that are written; `values [n, s, f]`, embeddings.
+            `down_proj` reads in the layers that are written; `values [n, s, f]`, unembeddings.
           mask: `[n, s]` bool, True for tokens.
           iterative, min_gate: as `DocToLora` takes them; here nothing is run in turn, and no chunk
             has a gate.
@@ -85,7 +92,8 @@ class AssociativeMemory(nn.Module):
         """
         c = self.config
         followed = mask[:, 1:] & mask[:, :-1]
-        values = _rms(features['values'][:, 1:])  # of the tokens that follow
+        whiten = dense(c.width, ('embed', 'latent'), 'whiten', use_bias=True)  # see `build`
+        values = _rms(whiten(features['values'][:, 1:]))  # of the tokens that follow
         keys = _rms(features['keys'][:, :, :-1]).swapaxes(0, 1)
         x = jnp.concatenate([_rms(features['hidden'][:, :-1]), values], -1)
         x = dense(c.latent_size, ('embed', 'latent'), 'embed', use_bias=True)(x)
@@ -118,11 +126,12 @@ class AssociativeMemory(nn.Module):
         gate = nn.sigmoid(PerLayerDense(1, ('embed', None), name='gate')(inputs))
         b = values * scale('value', c.width) + mapped('value', inputs, c.width)
 
+        a, b = (jnp.where(here, x, 0) for x in (a, b * gate * scale('gate', 1)))
+
         def layers(x):
-            x = jnp.where(here, x, 0)
             return jnp.pad(x, ((c.num_layers - c.written, 0), (0, 0), (0, 0), (0, 0)))
 
-        pair = LoraPair(layers(a / c.inner), layers(b * gate * scale('gate', 1)))
+        pair = LoraPair(layers(a / c.inner), layers(_descended(a, b)))
         shape = c.num_layers, c.shared_rank, c.inner, c.width
         shared = shared_pair(self, 'down_proj', *shape, c.inner**-0.5)
         scaling = jnp.float32(c.scaling)
@@ -146,6 +155,29 @@ class _Block(nn.Module):
         return x + dense(width, ('mlp', 'latent'), 'down', use_bias=True)(y)
 
 
+def _descended(keys: jax.Array, values: jax.Array) -> jax.Array:
+    """What to store instead of the values, so that keys that are alike do not drown each other.
+
+    The memory of stored values u, `x -> (x @ keys^T / i) @ u`, is then the one that 2^k steps of
+    gradient descent from nothing find for `keys -> values`: with G the keys' inner products, and
+    R = 1 - G / |G|, u = (1 + R + R^2 + ...) values / |G|, a product of k factors 1 + R^(2^j).
+
+    Args:
+      keys: `[..., s, i]`.
+      values: `[..., s, f]`.
+    """
+    keys, stored = keys.astype(jnp.float32), values.astype(jnp.float32)
+    alike = jnp.einsum('...si,...ti->...st', keys, keys) / keys.shape[-1]
+    most = jnp.maximum(jnp.abs(alike).sum(-1, keepdims=True).max(-2, keepdims=True), 1e-6)
+    left = jnp.eye(alike.shape[-1]) - alike / most
+    stored /= most
+    for i in range(_DOUBLINGS):
+        stored += left @ stored
+        if i < _DOUBLINGS - 1:
+            left = left @ left
+    return stored.astype(values.dtype)
+
+
 def _rms(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
 
@@ -161,13 +193,36 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
     def encode(params, context):
         tokens = context['tokens']
         hidden, keys = decoder.inputs_of(c, params, tokens, 'down_proj')
-        table = jax.lax.stop_gradient(params['embedder']['embedding'])
         features = {
             'hidden': hidden[first],
             'keys': keys[first:].swapaxes(0, 1),
-            'values': quantization.rows(table, tokens),
+            'values': quantization.rows(_unembedding(c, params), tokens),
         }
         return features, context['mask']
 
+    def start(params):
+        return {**params, 'whiten': _whitening(c, base.params)}
+
     example = {'tokens': np.zeros((1, 8), np.int32), 'mask': np.ones((1, 8), bool)}
-    return Hypernetwork(module, base, encode, example)
+    return Hypernetwork(module, base, encode, example, start)
+
+
+def _unembedding(config: DecoderConfig, params: Any) -> Any:
+    """`[v, f]`, perhaps quantized."""
+    return params['embedder' if config.tie_embeddings else 'unembedder']['embedding']
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _whitening(config: DecoderConfig, params: Any) -> dict[str, jax.Array]:
+    """The affine map that takes what makes the logits of a model's tokens, unembeddings times the
+    final norm's scale, to mean 0 and covariance 1, without turning it: kernel `[f, f]`, bias `[f]`,
+    f32."""
+    rows = quantization.rows(_unembedding(config, params), jnp.arange(config.vocab_size))
+    norm = params['final_norm']['scale'].astype(jnp.float32) + config.norm_offset
+    scaled = rows.astype(jnp.float32) * norm
+    mean = scaled.mean(0)
+    covariance = scaled.T @ scaled / len(scaled) - jnp.outer(mean, mean)
+    variances, axes = jnp.linalg.eigh(covariance)
+    least = 1e-3 * variances.mean()
+    turned = (axes * jax.lax.rsqrt(jnp.maximum(variances, least))) @ axes.T
+    return {'kernel': norm[:, None] * turned, 'bias': -mean @ turned}

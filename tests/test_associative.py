@@ -1,5 +1,7 @@
 """Documents written into a linear associative memory."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,9 +29,9 @@ SHAPE = {
 }
 
 
-def build():
+def build(base=None):
     config = ConfigDict({'name': 'associative_memory', 'shape': SHAPE})
-    built = hypernetwork.build(config, tiny_base())
+    built = hypernetwork.build(config, base or tiny_base())
     return built, nn.unbox(jax.jit(built.init)(jax.random.key(0), tiny_base().params))
 
 
@@ -91,9 +93,11 @@ def test_a_rank_for_each_token_that_is_followed(model):
     np.testing.assert_allclose(delta(nothing), delta(shared), rtol=1e-5, atol=1e-5)
 
 
-def test_starts_as_hebbian_learning():
-    """Keys are activations about their mean, values the embeddings of the tokens that follow."""
+def test_starts_as_gradient_descent():
+    """Keys are activations about their mean, values what says the tokens that follow; the delta is
+    the linear map that sixteen steps find."""
     built, params = build()
+    params = built.start(params)
     tokens = np.asarray([[40, 41, 90, 41, 7]], np.int32)
     context = {'tokens': tokens, 'mask': np.ones((1, 5), bool)}
     params['gate']['kernel'] = np.zeros_like(params['gate']['kernel'])
@@ -104,9 +108,42 @@ def test_starts_as_hebbian_learning():
         return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True))
 
     keys = rms(np.asarray(inputs_of(TINY, tiny_base().params, tokens, 'down_proj')[1][1:, :, :4]))
-    values = rms(np.asarray(tiny_base().params['embedder']['embedding'])[tokens[0, 1:]])
-    wanted = np.einsum('lgri,ro->lgio', keys - keys.mean(2, keepdims=True), values)
-    np.testing.assert_allclose(delta(lora)[1:], wanted / 2 / TINY.mlp_width, rtol=2e-3, atol=1e-6)
+    values = rms(whitened(params)[tokens[0, 1:]]) / 2
+    keys -= keys.mean(2, keepdims=True)
+    for layer in range(2):
+        k = keys[layer, 0]
+        rate = 1 / np.abs(k @ k.T).sum(1).max()
+        weights = np.zeros((TINY.mlp_width, TINY.width))
+        for _ in range(16):
+            weights += rate * k.T @ (values - k @ weights)
+        np.testing.assert_allclose(delta(lora)[1 + layer, 0], weights, rtol=2e-3, atol=1e-5)
+
+
+def whitened(params):
+    table = np.asarray(tiny_base().params['embedder']['embedding'])
+    return table @ np.asarray(params['whiten']['kernel']) + np.asarray(params['whiten']['bias'])
+
+
+def test_values_are_whitened_unembeddings():
+    """What makes the logits, at mean 0 and covariance 1, by a symmetric map: so each value is said
+    as its own token, also where one token's embedding is long and all have much in common."""
+    rng = np.random.default_rng(0)
+    params = dict(tiny_base().params)
+    table = rng.standard_normal(params['embedder']['embedding'].shape, np.float32)
+    table = table @ np.diag(np.geomspace(0.1, 3, TINY.width).astype(np.float32)) + 2
+    scale = rng.uniform(0.5, 2, TINY.width).astype(np.float32)
+    params |= {'embedder': {'embedding': table}, 'final_norm': {'scale': scale}}
+    base = dataclasses.replace(tiny_base(), params=params)
+    built, fresh = build(base)
+    whiten = jax.tree.map(np.asarray, built.start(fresh)['whiten'])
+    values = table @ whiten['kernel'] + whiten['bias']
+    np.testing.assert_allclose(values.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(np.cov(values, rowvar=False), np.eye(TINY.width), atol=0.02)
+    turned = whiten['kernel'] / scale[:, None]
+    np.testing.assert_allclose(turned, turned.T, atol=1e-4)
+    own = np.arange(len(table))
+    assert ((values @ (table * scale).T).argmax(1) == own).mean() > 0.95
+    assert (((table * scale) @ (table * scale).T).argmax(1) == own).mean() < 0.5
 
 
 def test_every_parameter_learns(model):
