@@ -529,13 +529,8 @@ def compare_meshes(workdir):
     weights.save_hf(folder, base.params, base.config, {})
     document_learner = meta_learning.make_learner(config, base, 8)
     batch = batch_of(config, base, groups=8, accumulate=1)
-    memory = dict(written=2, scaling=1.0, latent_size=16, num_blocks=1, num_heads=2)
-    memory |= dict(bottleneck=8, shared_rank=8)
-    settings = config.copy_and_resolve_references()
-    settings.hypernetwork = ConfigDict({'name': 'associative_memory', 'shape': memory})
     cases = {
         'documents': (document_learner, batch),
-        'memories': (meta_learning.make_learner(settings, base, 8), batch),
         'tasks': task_learner(base, 8),
     }
     for case, (learner, batch) in cases.items():
