@@ -51,7 +51,7 @@ def published(
             'name': 'd2l_niah',
             'base': base,
             'base_dtype': 'bfloat16',
-            'base_quantization': 'none',  # or 'int8', 'int4': of kernels and embeddings
+            'base_quantization': 'none',  # or a key of `quantization.KINDS`
             'seed': 0,
             'topology': topology,  # that `launch.aot` compiles for
             'mesh': {'slice': 1, 'data': 1, 'fsdp': 1, 'tensor': 1, **mesh},

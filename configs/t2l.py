@@ -172,7 +172,7 @@ def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> C
 
 def _smollm2(folder: str) -> ConfigDict:
     config = _published('smollm2', 'v5e:2x2', {'fsdp': -1}, folder)
-    config.base_dtype = 'float32'
+    config.base_dtype, config.base_quantization = 'float32', 'bfloat16'
     config.remat = 'none'
     config.log_every = 10
     config.checkpoint_every = 50

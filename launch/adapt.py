@@ -28,7 +28,7 @@ _ITERATIVE = flags.DEFINE_bool('iterative', False, 'Less memory, slower; of docu
 _QUANTIZATION = flags.DEFINE_enum(
     'base_quantization',
     None,
-    ['none', 'int8', 'int4'],
+    ['none', 'bfloat16', 'int8', 'int4'],
     'Of the frozen base model; by default as in the training.',
 )
 

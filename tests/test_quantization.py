@@ -189,6 +189,27 @@ def test_the_gradient_of_a_lora(kind, bound):
     np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
 
+def test_kernels_in_bfloat16():
+    """Products round their operands to it; everything else, and the gradient, is in f32."""
+    params = random_params(SMALL)
+    small = quantized(params, 'bfloat16')
+    narrow = {k for k, x in flatten_dict(small, sep='/').items() if x.dtype == jnp.bfloat16}
+    assert len(narrow) == 7 and all(path.endswith('kernel') for path in narrow)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), small)
+    tokens = tokens_of(SMALL, 2, 40)
+
+    def gradient_of(params):
+        gradient, start = lora_gradient(SMALL, params)
+        return flat(gradient(start))
+
+    for compute in (lambda params: logits(SMALL, params, tokens), gradient_of):
+        wanted, ours, exact = (compute(base) for base in (params, small, rounded))
+        assert ours.dtype == np.float32
+        for other in (wanted, exact):  # inputs are rounded too, so neither is met exactly
+            error = np.linalg.norm(ours - other) / np.linalg.norm(other)
+            assert 1e-4 < error < 0.02, error
+
+
 def test_the_backward_pass_keeps_no_dequantized_weights():
     config = dataclasses.replace(SMALL, num_layers=24)
     params = random_params(config)
@@ -227,7 +248,7 @@ def test_the_fingerprint_is_that_of_the_unquantized_model(smollm2):
 
 
 def test_an_unknown_quantization_is_refused():
-    with pytest.raises(UserError, match="unknown quantization 'int3'; known: none, int8, int4"):
+    with pytest.raises(UserError, match="unknown quantization 'int3'; known: none, bfloat16, int8, int4"):
         base_models.load_base('smollm2', quantization='int3')
 
 
@@ -256,7 +277,7 @@ def test_several_devices_compute_what_one_does(tmp_path):
 def compare_meshes(folder):
     assert jax.device_count() == 4
     tokens = tokens_of(SMALL, 4, 20)
-    for kind in ('int8', 'int4'):
+    for kind in ('bfloat16', 'int8', 'int4'):
         load = functools.partial(
             weights.from_safetensors,
             folder,
@@ -287,7 +308,9 @@ def compare_meshes(folder):
                 assert scale.addressable_shards[0].data.shape == (3, 1, 32)
             with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
                 ours = logits(SMALL, params, tokens)
-            np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+            # Sums in another order may be rounded the other way before the next product.
+            tolerance = 1e-2 if kind == 'bfloat16' else 1e-5
+            np.testing.assert_allclose(ours, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
     print('all meshes agree')
 
 

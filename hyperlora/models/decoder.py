@@ -158,7 +158,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, adapt: Adaptation) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), self.axes)
-        kernel = self.param('kernel', init, (x.shape[-1], self.features)).astype(x.dtype)
+        kernel = self.param('kernel', init, (x.shape[-1], self.features))
         pair = None if adapt.pairs is None else adapt.pairs.get(self.name)
         y = lora_lib.project(x, kernel, pair, adapt.scaling, adapt.rank_weights)
         if self.use_bias:

@@ -2,7 +2,9 @@
 
 A quantized parameter is a `qwix.QArray`, a pytree of integers and scales that stands where the
 array stood: it is sharded, scanned over and indexed like it. Computation keeps its dtype, which is
-that of the scales.
+that of the scales. Kernels may also be of a narrower float than the rest of the model: then only
+the products with them round their operands to it, and sums are in f32, as TPUs multiply f32 by
+default.
 
 Axes: l layers, i input, o output width, v vocabulary, d width.
 """
@@ -21,7 +23,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hyperlora.errors import UserError
 
 # kind: (type of the kernels, how many inputs share a scale; None for all)
-KINDS = {'none': None, 'int8': (jnp.int8, None), 'int4': (jnp.int4, 32)}
+KINDS = {
+    'none': None,
+    'bfloat16': (jnp.bfloat16, None),
+    'int8': (jnp.int8, None),
+    'int4': (jnp.int4, 32),
+}
 
 
 def quantize(path: str, array: jax.Array, kind: str) -> jax.Array | qwix.QArray:
@@ -29,7 +36,8 @@ def quantize(path: str, array: jax.Array, kind: str) -> jax.Array | qwix.QArray:
 
     Kernels `[l, i, o]` have scales per output channel, and per 32 inputs in int4; embeddings
     `[v, d]` are int8 with a scale per token, which serves looking up and unembedding alike. Norms,
-    biases and the eyes of a model stay as they are.
+    biases and the eyes of a model stay as they are. In bfloat16 it is kernels alone that are
+    rounded, and nothing has scales.
 
     Args:
       path: e.g. 'layers/mlp/up_proj/kernel'.
@@ -39,11 +47,15 @@ def quantize(path: str, array: jax.Array, kind: str) -> jax.Array | qwix.QArray:
     Raises:
       UserError: int4, and the input width is no multiple of 32.
     """
-    if path.endswith('embedding'):
+    if path.endswith('embedding') and kind != 'bfloat16':
         return _convert(array, jnp.int8, (0,), None)
     if not (path.startswith('layers/') and path.endswith('kernel')):
         return array
     qtype, block = KINDS[kind]
+    if kind == 'bfloat16':
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, qtype, sharding=array.sharding)
+        return array.astype(qtype)
     if block and array.shape[1] % block:
         raise UserError(
             f'{kind} needs input widths that are multiples of {block}, not {array.shape[1]} '
@@ -96,14 +108,31 @@ def product(
     x: jax.Array,
     weight: jax.Array | qwix.QArray,
 ) -> jax.Array:
-    """`function(x, weight)`, the weight dequantized.
+    """`function(x, weight)`, the weight dequantized; in its dtype if that is narrower than x's.
 
     The backward pass dequantizes again: else the weights of all layers would wait for it.
     """
     if not isinstance(weight, qwix.QArray):
-        return function(x, weight)
+        narrow = weight.dtype.itemsize < x.dtype.itemsize
+        return _narrow(x, weight) if narrow else function(x, weight.astype(x.dtype))
     dequantized = jax.checkpoint(lambda x, w: function(x, qwix.dequantize(w)), prevent_cse=False)
     return dequantized(x, weight)
+
+
+@jax.custom_vjp
+def _narrow(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`x @ weight`, x rounded to the dtype of the weight, which is frozen; sums in f32."""
+    rounded = x.astype(weight.dtype)
+    return jnp.matmul(rounded, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _narrow_backward(weight, gradient):
+    # XLA would fold the transposition into the product, for which it has no fast bf16 kernel on
+    # CPUs; the barrier keeps it apart.
+    return _narrow(gradient, jax.lax.optimization_barrier(weight.T)), None
+
+
+_narrow.defvjp(lambda x, weight: (_narrow(x, weight), weight), _narrow_backward)
 
 
 def rows(table: jax.Array | qwix.QArray, tokens: jax.Array) -> jax.Array:
