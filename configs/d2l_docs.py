@@ -8,7 +8,8 @@ RECORDS is what `launch.generate_data` wrote with the same base model (several f
 between); DIR what training starts from, such as the first stage's workdir. Variants: `gemma2_2b`,
 `mistral_7b`, `qwen3_4b` (the published settings, each for the TPUs that it names; for others set
 config.topology, mesh, groups and accumulate), `tiny` (SmolLM2 and seconds; for tests). On two CPU
-cores another hypernetwork, see `d2l.associative`: `facts` (short documents), then `smollm2`.
+cores another hypernetwork, see `d2l.associative`: `facts` (short documents), then `smollm2`, then
+`together` (several documents in the model at once).
 """
 
 import functools
@@ -31,6 +32,7 @@ def get_config(argument: str = '') -> ConfigDict:
     variants = {
         'facts': _facts,
         'smollm2': _smollm2,
+        'together': _together,
         'tiny': _tiny,
         'gemma2_2b': lambda: published('v5e:8x8', {'fsdp': 64}),
         'mistral_7b': lambda: published('v5p:4x4x4', {'fsdp': 64}),
@@ -75,6 +77,7 @@ def _published(base: str, topology: str, mesh: dict[str, int]) -> ConfigDict:
             'group_tokens': 4096,
             'context_tokens': (256, 512, 1024, 2048),
             'chunks': (1.0,),
+            'together': 0.0,
             'queries': 1,
             'query_tokens': 256,
             'answer_tokens': 128,
@@ -102,6 +105,7 @@ def _smollm2() -> ConfigDict:
     than two cores get through."""
     config = d2l_niah.get_config('smollm2')
     config.name = 'd2l_docs'
+    config.base_quantization = 'bfloat16'
     config.hypernetwork = ConfigDict(
         {
             'name': 'associative_memory',
@@ -126,6 +130,7 @@ def _smollm2() -> ConfigDict:
             'group_tokens': 1,  # a document each
             'context_tokens': (128, 192, 256, 384),
             'chunks': (1.0,),
+            'together': 0.0,
             'queries': 5,
             'query_tokens': 144,
             'answer_tokens': 40,
@@ -155,6 +160,24 @@ def _facts() -> ConfigDict:
     )
     config.groups = 16
     config.optimizer.update({'steps': config.data.steps, 'end_learning_rate': 5e-4})
+    return config
+
+
+def _together() -> ConfigDict:
+    """The same, with up to four documents in the model in half of the groups."""
+    config = _smollm2()
+    config.data.update(
+        {
+            'steps': 200,
+            'group_tokens': 512,
+            'together': 0.5,
+            'queries': 3,
+            'query_tokens': 96,
+            'answer_tokens': 24,
+        }
+    )
+    config.groups = 4
+    config.optimizer.update({'steps': config.data.steps, 'learning_rate': 5e-4})
     return config
 
 

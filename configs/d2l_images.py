@@ -69,6 +69,7 @@ def _stage(variant: str, records: str) -> ConfigDict:
             'group_tokens': contexts * context_tokens,
             'context_tokens': (context_tokens,),
             'chunks': (1.0,),
+            'together': 0.0,
             'queries': 1,
             'query_tokens': query_tokens,
             'answer_tokens': answer_tokens,

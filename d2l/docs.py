@@ -39,7 +39,9 @@ class DocumentGroups:
             left out; `group_tokens`; `queries`, the most of a context, whose row has room for
             `query_tokens` and `answer_tokens` (and the teacher's for `teacher_tokens`): questions
             that do not fit are left out; `chunks`, the odds of splitting a document into 1, 2, ...
-            chunks; `teacher`: `stored`, or `online` if it is asked in the training step.
+            chunks; `together`, the odds that a group's documents are all in the model when it is
+            asked about one of them; `teacher`: `stored`, or `online` if it is asked in the training
+            step.
 
         Raises:
           UserError: no documents that are short enough.
@@ -81,9 +83,10 @@ class DocumentGroups:
             part for document in documents for part in _split(rng, document.context, parts, length)
         ]
         tokens, mask = chunking.pad(chunks, length)
-        own = np.repeat(np.eye(contexts, dtype=np.float32), parts, axis=1) * mask.any(1)
+        read = np.eye(contexts) if rng.random() >= c.together else np.ones((contexts, contexts))
+        weights = np.repeat(read.astype(np.float32), parts, axis=1) * mask.any(1)
         rows = join([self._queries(rng, document) for document in documents])
-        return _group(tokens, mask, own, rows)
+        return _group(tokens, mask, weights, rows)
 
     def _queries(self, rng: np.random.Generator, document: Record) -> Rows:
         """The row of some of a document's questions."""

@@ -423,6 +423,7 @@ CONFIG = ConfigDict(
         'answer_tokens': 8,
         'teacher_tokens': 24,
         'chunks': (1, 1),
+        'together': 0.0,
         'teacher': 'stored',
     }
 )
@@ -502,6 +503,25 @@ def test_groups(tmp_path, kind):
     assert largest['context']['tokens'] == (8, 4)
     assert largest['query']['tokens'] == (4, 16)
     assert ('teacher' in largest) == (kind == 'online')
+
+
+def test_documents_together(tmp_path):
+    """What weighs changes, and nothing else."""
+    source, seen = fill(tmp_path), []
+    for index in range(12):
+        alone, together, mixed = (
+            DocumentGroups(source, ConfigDict({**CONFIG, 'together': odds}), 1, 2)[index]
+            for odds in (0.0, 1.0, 0.5)
+        )
+        own, everything, either = (
+            group['query'].pop('chunk_weights') for group in (alone, together, mixed)
+        )
+        jax.tree.map(np.testing.assert_array_equal, alone, together)
+        filled = alone['context']['mask'].any(1)
+        np.testing.assert_array_equal(everything, np.tile(filled, (len(own), 1)))
+        np.testing.assert_array_equal(own.sum(0), filled)
+        seen.append([np.array_equal(either, weights) for weights in (own, everything)])
+    assert all(map(any, seen)) and np.any(seen, axis=0).all()
 
 
 def test_records_that_do_not_serve(tmp_path):
