@@ -116,7 +116,7 @@ def _smollm2() -> ConfigDict:
                 'num_blocks': 2,
                 'num_heads': 4,
                 'bottleneck': 128,
-                'shared_rank': 16,
+                'shared_rank': 64,
             },
         }
     )

@@ -32,7 +32,9 @@ from hyperlora.models import decoder, quantization
 from hyperlora.models.base import BaseModel
 from hyperlora.models.families import DecoderConfig
 
-_DOUBLINGS = 4  # of the steps of gradient descent by which a document is written
+# A document is written by 2^8 steps of gradient descent, whose length each layer learns.
+_DOUBLINGS = 8
+_LENGTH = 1 / 16  # at the start of training; at 1 steps are as long as is safe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +133,7 @@ class AssociativeMemory(nn.Module):
         def layers(x):
             return jnp.pad(x, ((c.num_layers - c.written, 0), (0, 0), (0, 0), (0, 0)))
 
-        pair = LoraPair(layers(a / c.inner), layers(_descended(a, b)))
+        pair = LoraPair(layers(a / c.inner), layers(_descended(a, b, scale('rate', 1))))
         shape = c.num_layers, c.shared_rank, c.inner, c.width
         shared = shared_pair(self, 'down_proj', *shape, c.inner**-0.5)
         scaling = jnp.float32(c.scaling)
@@ -155,22 +157,27 @@ class _Block(nn.Module):
         return x + dense(width, ('mlp', 'latent'), 'down', use_bias=True)(y)
 
 
-def _descended(keys: jax.Array, values: jax.Array) -> jax.Array:
+def _descended(keys: jax.Array, values: jax.Array, rate: jax.Array) -> jax.Array:
     """What to store instead of the values, so that keys that are alike do not drown each other.
 
     The memory of stored values u, `x -> (x @ keys^T / i) @ u`, is then the one that 2^k steps of
     gradient descent from nothing find for `keys -> values`: with G the keys' inner products, and
-    R = 1 - G / |G|, u = (1 + R + R^2 + ...) values / |G|, a product of k factors 1 + R^(2^j).
+    R = 1 - length G / |G|, u = (1 + R + R^2 + ...) values length / |G|, a product of k factors
+    1 + R^(2^j). What many keys have in common is learned in few steps, what sets a key apart in
+    many: the longer the steps, the sharper the memory, and the less it makes of what it knows but
+    in part.
 
     Args:
       keys: `[..., s, i]`.
       values: `[..., s, f]`.
+      rate: multiplies the length of the steps; broadcasts to `[..., 1, 1]`.
     """
     keys, stored = keys.astype(jnp.float32), values.astype(jnp.float32)
     alike = jnp.einsum('...si,...ti->...st', keys, keys) / keys.shape[-1]
     most = jnp.maximum(jnp.abs(alike).sum(-1, keepdims=True).max(-2, keepdims=True), 1e-6)
-    left = jnp.eye(alike.shape[-1]) - alike / most
-    stored /= most
+    step = jnp.minimum(_LENGTH * rate, 1) / most
+    left = jnp.eye(alike.shape[-1]) - step * alike
+    stored *= step
     for i in range(_DOUBLINGS):
         stored += left @ stored
         if i < _DOUBLINGS - 1:

@@ -50,28 +50,26 @@ _TASKS = {
 _PICTURES = pathlib.Path(hyperlora.__file__).parent / 'demo/pictures'
 
 
-def compare(session, document, question, max_new_tokens):
-    """Asks with the LoRA, with nothing, and with the document in the prompt; prints a table."""
-
-    def row(name, size=None, make=lambda: None, **where):
-        start = time.perf_counter()
-        adapter = make()
-        internalised = time.perf_counter()
-        text = session.ask(question, adapter, max_new_tokens, **where)
-        answered = time.perf_counter()
-        size = adapter.lora.nbytes if size is None else size
-        print(
-            f'{name:26}{internalised - start:13.1f}{answered - internalised:10.1f}'
-            f'{size / 1e6:10.1f}  {" ".join(text.split())}',
-            flush=True,
-        )
-
+def compare(session, document, questions, max_new_tokens):
+    """Internalises a document, then asks with the LoRA, with nothing, and with the document in the
+    prompt; prints a table for each question."""
     tokens = len(session.base.tokenizer.encode(document))
-    print(f'{"document":26}{"internalise s":>13}{"answer s":>10}{"MB":>10}  answer')
-    row('internalised (LoRA)', make=lambda: session.internalize(document))
-    row('nowhere', 0)
+    start = time.perf_counter()
+    adapter = session.internalize(document)
+    size, cache = adapter.lora.nbytes, session.cache_nbytes(document)
+    print(f'{tokens} tokens -> LoRA of {size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s')
     cut = ', cut' if tokens > session.base.config.max_length else ''
-    row(f'in the prompt{cut}', session.cache_nbytes(document), document=document)
+    for question in questions:
+        print(f'\n{question}\n{"document":26}{"answer s":>10}{"MB":>10}  answer')
+        for name, size_of, lora, where in (
+            ('internalised (LoRA)', size, adapter, {}),
+            ('nowhere', 0, None, {}),
+            (f'in the prompt{cut}', cache, None, {'document': document}),
+        ):
+            start = time.perf_counter()
+            text = ' '.join(session.ask(question, lora, max_new_tokens, **where).split())
+            seconds = time.perf_counter() - start
+            print(f'{name:26}{seconds:10.1f}{size_of / 1e6:10.1f}  {text}', flush=True)
 
 
 def specialise(session, task, inputs):
@@ -130,14 +128,12 @@ def main(_):
         f'{base.config.max_length}. Seconds include compilation; MB are those of the LoRA, or of '
         f'the KV cache of the whole document. --seed={seed}'
     )
-    compare(needles, tokenizer.decode(tokens), niah.QUESTION, 16)
+    compare(needles, tokenizer.decode(tokens), [niah.QUESTION], 16)
     print(f'\n{_TEXT}')
-    for question in _QUESTIONS:
-        print(f'\n{question}')
-        compare(session, _TEXT, question, 24)
+    compare(session, _TEXT, _QUESTIONS, 24)
     if text is not None:
-        print(f'\n{_DOCUMENT.value}, {len(session.tokens(text))} tokens: {_QUESTION.value}')
-        compare(session, text, _QUESTION.value, 64)
+        print(f'\n{_DOCUMENT.value}')
+        compare(session, text, [_QUESTION.value], 64)
     for task, inputs in _TASKS.items():
         specialise(session, task, inputs)
     if _TASK.value is not None:

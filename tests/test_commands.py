@@ -359,12 +359,16 @@ def test_quickstart_compares_three_ways(checkpoint, base, capsys):
     compare = execute('quickstart', 'quickstart')['compare']
     capsys.readouterr()
     text = f'{NEEDLE.format(4821)} {DOCUMENT}'
-    compare(Session(str(checkpoint)), text, QUESTION, 16)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line[:7] for line in lines] == ['documen', 'interna', 'nowhere', 'in the ']
-    assert '4821' in lines[3]
-    cache = 2 * 30 * 3 * 64 * 4 * len(base.tokenizer.encode(text))
-    assert f'{cache / 1e6:.1f}' in lines[3]
+    compare(Session(str(checkpoint)), text, [QUESTION, 'And again?'], 16)
+    first, *tables = capsys.readouterr().out.split('\n\n')
+    tokens = len(base.tokenizer.encode(text))
+    assert first.startswith(f'{tokens} tokens -> LoRA of ')
+    for question, table in zip((QUESTION, 'And again?'), tables, strict=True):
+        lines = table.splitlines()
+        assert lines[0] == question
+        assert [line[:7] for line in lines[1:]] == ['documen', 'interna', 'nowhere', 'in the ']
+        assert f'{2 * 30 * 3 * 64 * 4 * tokens / 1e6:.1f}' in lines[4]
+    assert '4821' in tables[0].splitlines()[4]
 
 
 def test_quickstart_describes_a_task(task_checkpoint, base, capsys):

@@ -148,7 +148,8 @@ def check_unquantized(params: Any) -> None:
       UserError: one is quantized.
     """
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, qwix.QArray))
-    if any(isinstance(x, qwix.QArray) for x in leaves):
+    narrow = len({x.dtype for x in leaves}) > 1  # kernels narrower than the rest
+    if narrow or any(isinstance(x, qwix.QArray) for x in leaves):
         raise UserError(
             'a quantized base model cannot be merged or saved; load it without quantization'
         )
