@@ -164,7 +164,7 @@ def _facts() -> ConfigDict:
 
 
 def _together() -> ConfigDict:
-    """The same, with up to four documents in the model in half of the groups."""
+    """`smollm2`, with up to four documents in the model at once in half of the groups."""
     config = _smollm2()
     config.data.update(
         {
