@@ -8,8 +8,7 @@ RECORDS is what `launch.generate_data` wrote with the same base model (several f
 between); DIR what training starts from, such as the first stage's workdir. Variants: `gemma2_2b`,
 `mistral_7b`, `qwen3_4b` (the published settings, each for the TPUs that it names; for others set
 config.topology, mesh, groups and accumulate), `tiny` (SmolLM2 and seconds; for tests). On two CPU
-cores another hypernetwork, see `d2l.associative`: `facts` (short documents), then `smollm2`, then
-`together` (several documents in the model at once).
+cores another hypernetwork, see `d2l.associative`: `facts` (short documents), then `smollm2`.
 """
 
 import functools
@@ -32,7 +31,6 @@ def get_config(argument: str = '') -> ConfigDict:
     variants = {
         'facts': _facts,
         'smollm2': _smollm2,
-        'together': _together,
         'tiny': _tiny,
         'gemma2_2b': lambda: published('v5e:8x8', {'fsdp': 64}),
         'mistral_7b': lambda: published('v5p:4x4x4', {'fsdp': 64}),
@@ -102,7 +100,7 @@ def _in_chunks(config: ConfigDict) -> None:
 
 def _smollm2() -> ConfigDict:
     """A linear associative memory: the published hypernetwork learns to read from far more text
-    than two cores get through."""
+    than two cores get through. In half of the groups up to four documents are in the model."""
     config = d2l_niah.get_config('smollm2')
     config.name = 'd2l_docs'
     config.base_quantization = 'bfloat16'
@@ -114,7 +112,7 @@ def _smollm2() -> ConfigDict:
                 'scaling': 1.0,
                 'latent_size': 256,
                 'num_blocks': 2,
-                'num_heads': 4,
+                'num_heads': 8,
                 'bottleneck': 128,
                 'shared_rank': 64,
             },
@@ -125,21 +123,21 @@ def _smollm2() -> ConfigDict:
         {
             'name': 'documents',
             'records': '',
-            'steps': 340,
+            'steps': 280,
             'teacher': 'stored',
-            'group_tokens': 1,  # a document each
+            'group_tokens': 512,
             'context_tokens': (128, 192, 256, 384),
             'chunks': (1.0,),
-            'together': 0.0,
-            'queries': 5,
-            'query_tokens': 144,
-            'answer_tokens': 40,
+            'together': 0.5,
+            'queries': 4,
+            'query_tokens': 128,
+            'answer_tokens': 32,
             'teacher_tokens': 1280,
         }
     )
-    config.groups = 8
+    config.groups = 4
     config.optimizer.update(
-        {'learning_rate': 1e-3, 'end_learning_rate': 1e-5, 'steps': config.data.steps}
+        {'learning_rate': 7e-4, 'end_learning_rate': 1e-5, 'steps': config.data.steps}
     )
     config.chunk_length = 512
     config.min_gate = 0.0
@@ -152,32 +150,18 @@ def _facts() -> ConfigDict:
     config.data.update(
         {
             'steps': 150,
+            'group_tokens': 1,  # a document each
             'context_tokens': (32, 64, 128),
+            'together': 0.0,
             'queries': 3,
             'query_tokens': 64,
             'answer_tokens': 24,
         }
     )
     config.groups = 16
-    config.optimizer.update({'steps': config.data.steps, 'end_learning_rate': 5e-4})
-    return config
-
-
-def _together() -> ConfigDict:
-    """`smollm2`, with up to four documents in the model at once in half of the groups."""
-    config = _smollm2()
-    config.data.update(
-        {
-            'steps': 200,
-            'group_tokens': 512,
-            'together': 0.5,
-            'queries': 3,
-            'query_tokens': 96,
-            'answer_tokens': 24,
-        }
+    config.optimizer.update(
+        {'learning_rate': 1e-3, 'steps': config.data.steps, 'end_learning_rate': 5e-4}
     )
-    config.groups = 4
-    config.optimizer.update({'steps': config.data.steps, 'learning_rate': 5e-4})
     return config
 
 

@@ -35,9 +35,10 @@ def get_config(argument: str = '') -> ConfigDict:
             'shards': 8,  # files; each is written whole, by one process
             'tokens_per_pass': 4096,
             'settings': {
-                'questions': 'given',  # or generated, both, passages, restate
+                'questions': 'given',  # or generated, both, passages, restate, others
                 'questions_per_document': 8,
                 'answers': 'generated',  # or given
+                'before': ' ',  # given ones
                 'max_answer_tokens': 64,
                 'entries': 16,
             },
@@ -45,4 +46,6 @@ def get_config(argument: str = '') -> ConfigDict:
     )
     if source['reader'] in ('facts', 'names', 'words'):
         config.settings.update({'answers': 'given', 'max_answer_tokens': 24, 'entries': 0})
+    if source['reader'] in ('names', 'words'):
+        config.settings.before = ''  # no text to copy from: as the model itself begins answers
     return config

@@ -1,15 +1,17 @@
 """A hypernetwork that writes a document into a linear associative memory: activations -> a `Lora`.
 
 Each token of a document is one rank of the LoRA of `down_proj`. Its A is a key: where the adapted
-model computes something alike, B, the value, reminds it of the token that follows. Keys and values
-are learned maps of activations (compare MEND, arXiv 2110.11309), and the memory is what some steps
+model computes something alike, B, the value, reminds it of the token. Keys are made of what the
+model computed before the token and, by attention, around it: who bought a thing may be told before
+the thing is. Keys and values are learned maps of activations (compare MEND, arXiv 2110.11309), and
+the memory is what some steps
 of gradient descent from keys to values find (the delta rule of fast weight programmers, arXiv
 2102.11174, on all tokens at once), in closed form. Values start as the base model's own
 unembeddings of the tokens, whitened, so that each says its token rather than those that are like
 it or frequent: no word need be learned.
 
 Axes: n chunks, l layers, w layers that are written, s tokens, f feature width, z latent width, i
-width of the MLP.
+width of the MLP, h heads.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from hyperlora.models.families import DecoderConfig
 # A document is written by 2^8 steps of gradient descent, whose length each layer learns.
 _DOUBLINGS = 8
 _LENGTH = 1 / 16  # at the start of training; at 1 steps are as long as is safe
+_FARTHEST = 8  # distances of 2^7 tokens and more are one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,7 @@ class AssociativeConfig:
       scaling: multiplies every delta.
       latent_size: z.
       num_blocks: Transformer blocks in which all tokens of a chunk see each other.
-      num_heads: of their attention.
+      num_heads: of their attention, and of that which gathers keys.
       bottleneck: of the maps that make keys and values.
       shared_rank: of the LoRA that all documents share, in all layers: how to answer.
     """
@@ -83,24 +86,24 @@ class AssociativeMemory(nn.Module):
         """Generates LoRAs in one forward pass.
 
         Args:
-          features: `hidden [n, s, f]`, of a layer in the middle; `keys [n, w, s, i]`, what
-            `down_proj` reads in the layers that are written; `values [n, s, f]`, unembeddings.
+          features: `hidden [n, 1 + s, f]`, of a layer in the middle, before the first token and at
+            each; `keys [n, w, 1 + s, i]`, what `down_proj` reads there in the layers that are
+            written; `values [n, s, f]`, the tokens' unembeddings.
           mask: `[n, s]` bool, True for tokens.
           iterative, min_gate: as `DocToLora` takes them; here nothing is run in turn, and no chunk
             has a gate.
 
         Returns:
-          A Lora of n rows and rank s - 1, and a Lora of one row.
+          A Lora of n rows and rank s, and a Lora of one row.
         """
         c = self.config
-        followed = mask[:, 1:] & mask[:, :-1]
         whiten = dense(c.width, ('embed', 'latent'), 'whiten', use_bias=True)  # see `build`
-        values = _rms(whiten(features['values'][:, 1:]))  # of the tokens that follow
-        keys = _rms(features['keys'][:, :, :-1]).swapaxes(0, 1)
-        x = jnp.concatenate([_rms(features['hidden'][:, :-1]), values], -1)
+        values = _rms(whiten(features['values']))
+        hidden = _rms(features['hidden'])
+        x = jnp.concatenate([hidden[:, :-1], hidden[:, 1:], values], -1)
         x = dense(c.latent_size, ('embed', 'latent'), 'embed', use_bias=True)(x)
         for i in range(c.num_blocks):
-            x = _Block(c.num_heads, name=f'block_{i}')(x, followed)
+            x = _Block(c.num_heads, name=f'block_{i}')(x, mask)
         x = nn.LayerNorm(name='norm')(x)
 
         def every_layer(x):
@@ -119,10 +122,20 @@ class AssociativeMemory(nn.Module):
             )
             return up(y)
 
-        here = followed[..., None]
-        mean = jnp.sum(keys, 2, keepdims=True, where=here) / jnp.maximum(here.sum(1), 1)[:, None]
+        here = mask[..., None]
+        keys = _rms(features['keys']).swapaxes(0, 1)
+        at = keys[:, :, 1:]
+        mean = jnp.sum(at, 2, keepdims=True, where=here) / jnp.maximum(here.sum(1), 1)[:, None]
+        # What is computed before the first token is the same for all documents.
+        known = jnp.arange(mask.shape[1])[:, None] > 0
+        before = jnp.where(known, keys[:, :, :-1] - mean, 0)
+        shares = PerLayerDense(
+            c.num_heads, ('latent', None), kernel_init=nn.initializers.zeros, name='shares'
+        )(every_layer(x))
+        around = jnp.einsum('wnsh,nhst->wnst', shares, self._nearby(x, mask)) @ (at - mean)
+        keys = before * scale('key', c.inner) + around
         inputs = jnp.concatenate([keys, every_layer(x)], -1)
-        a = (keys - mean) * scale('key', c.inner) + mapped('key', inputs, c.inner)
+        a = keys + mapped('key', inputs, c.inner)
         values = every_layer(values)
         inputs = jnp.concatenate([values, inputs], -1)
         gate = nn.sigmoid(PerLayerDense(1, ('embed', None), name='gate')(inputs))
@@ -138,6 +151,31 @@ class AssociativeMemory(nn.Module):
         shared = shared_pair(self, 'down_proj', *shape, c.inner**-0.5)
         scaling = jnp.float32(c.scaling)
         return Lora({'down_proj': pair}, scaling), Lora({'down_proj': shared}, scaling)
+
+    def _nearby(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Attention of every token to those around it, by what they are and how far away: latents
+        `[n, s, z]` -> `[n, h, s, s]`. Half of the heads start by looking ahead, half back, each
+        twice as far as the one before it or more."""
+        heads = self.config.num_heads
+        queries, keys = (
+            dense(x.shape[-1], ('latent', None), name)(x).reshape(*x.shape[:2], heads, -1)
+            for name in ('nearby_query', 'nearby_key')
+        )
+        places = np.arange(x.shape[1])
+        ahead = places - places[:, None]
+        steps = np.minimum(np.ceil(np.log2(np.abs(ahead) + 1)), _FARTHEST)
+        steps = (np.sign(ahead) * steps).astype(int) + _FARTHEST
+
+        def start(*_):
+            sides = np.arange(-_FARTHEST, _FARTHEST + 1) * np.repeat([[1], [-1]], heads // 2, 0)
+            reach = np.tile(np.linspace(2, _FARTHEST, heads // 2), 2)[:, None]
+            return jnp.where((sides >= 0) & (sides <= reach), 0, -0.3)
+
+        init = nn.with_logical_partitioning(start, (None, None))
+        distance = self.param('distance', init, (heads, 2 * _FARTHEST + 1))
+        logits = jnp.einsum('nshd,nthd->nhst', queries, keys) / queries.shape[-1] ** 0.5
+        logits += 10 * distance[:, steps]  # so that it moves far in few steps
+        return nn.softmax(jnp.where(mask[:, None, None], logits, -1e9))
 
 
 class _Block(nn.Module):
@@ -197,9 +235,12 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
     )
     first = c.num_layers - module.config.written
 
+    begin = base.tokenizer.prompt('?')[0]  # so that something stands before the first token
+
     def encode(params, context):
         tokens = context['tokens']
-        hidden, keys = decoder.inputs_of(c, params, tokens, 'down_proj')
+        begun = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=begin)
+        hidden, keys = decoder.inputs_of(c, params, begun, 'down_proj')
         features = {
             'hidden': hidden[first],
             'keys': keys[first:].swapaxes(0, 1),

@@ -139,10 +139,13 @@ class Settings:
 
     Attributes:
       questions: `given`, those of the documents; `generated`, asked by the teacher; `both`;
-        `passages`, which fill gaps and complete sentences (`d2l.passages`); or `restate`, each
-        sentence as a document that is to be repeated.
-      questions_per_document: how many to generate; of given ones all are kept.
+        `passages`, which fill gaps and complete sentences (`d2l.passages`); `restate`, each
+        sentence as a document that is to be repeated; or `others`, those of another document, which
+        the teacher answers without any: a document is not to change what it says nothing about.
+      questions_per_document: how many to generate, or to take over; of given ones all are kept.
       answers: `given`, the first accepted one, or `generated` by the teacher.
+      before: text before given answers. After a space their tokens are those of a text, which a
+        model can copy.
       max_answer_tokens: answers that have not ended by then are left out.
       entries: t, of the teacher's opinion; 0 for none (the teacher is then asked in training).
     """
@@ -150,18 +153,21 @@ class Settings:
     questions: str = 'given'
     questions_per_document: int = 8
     answers: str = 'generated'
+    before: str = ' '
     max_answer_tokens: int = 64
     entries: int = 16
 
     def __post_init__(self):
         for name, known in (
-            ('questions', ('given', 'generated', 'both', 'passages', 'restate')),
+            ('questions', ('given', 'generated', 'both', 'passages', 'restate', 'others')),
             ('answers', ('given', 'generated')),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f'{name} must be one of {", ".join(known)}')
         if self.questions in ('generated', 'both') and self.answers == 'given':
             raise ValueError('generated questions have no given answers')
+        if self.questions == 'others' and self.answers == 'given':
+            raise ValueError("answers to others' questions must be generated")
 
 
 def ask(teacher: Teacher, documents: Sequence[Document], count: int) -> list[Document]:
@@ -208,6 +214,14 @@ def _block(teacher, context_tokenizer, documents, settings):
             dataclasses.replace(d, questions=passages.ask(d, settings.questions_per_document))
             for d in documents
         ]
+    elif settings.questions == 'others':
+        if len(documents) < 2:
+            return
+        half = len(documents) // 2  # far away: neighbours are often about the same
+        documents = [
+            dataclasses.replace(d, questions=other.questions[: settings.questions_per_document])
+            for d, other in zip(documents, documents[half:] + documents[:half], strict=True)
+        ]
     elif settings.questions not in ('given', 'restate'):
         asked = ask(teacher, documents, settings.questions_per_document)
         if settings.questions == 'both':
@@ -225,13 +239,17 @@ def _block(teacher, context_tokenizer, documents, settings):
     if not pairs:
         return
     limit = settings.max_answer_tokens
-    prompts = [_prompt(base, documents[number].text, q.text, limit) for number, q in pairs]
+    if settings.questions == 'others':
+        prompts = [base.tokenizer.prompt(question.text) for _, question in pairs]
+    else:
+        prompts = [_prompt(base, documents[number].text, q.text, limit) for number, q in pairs]
     if settings.answers == 'generated':
         answers = teacher.answer(prompts, limit)
     else:
+        texts = [settings.before + question.answers[0].lstrip() for _, question in pairs]
         answers = [
-            np.asarray([*base.tokenizer.encode(q.answers[0]), base.tokenizer.eos_id], np.int32)
-            for _, q in pairs
+            np.asarray([*base.tokenizer.encode(text), base.tokenizer.eos_id], np.int32)
+            for text in texts
         ]
     ended = [
         i for i, a in enumerate(answers) if 1 < len(a) <= limit and a[-1] == base.tokenizer.eos_id

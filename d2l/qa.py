@@ -188,8 +188,9 @@ class Methods:
 
     def _fresh(self) -> Lora:
         """A LoRA to train: that of the reader, if there is one, and ranks that do nothing yet."""
+        settings = self.model.config.hypernetwork
         modules = (
-            self.model.config.hypernetwork.modules if self.reader is None else self.reader.pairs
+            settings.get('modules', ['down_proj']) if self.reader is None else self.reader.pairs
         )
         dims = {name: (i, o) for name, i, o in lora_lib.module_dims(self.base.config, modules)}
         fresh = lora_lib.init(

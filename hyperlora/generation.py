@@ -86,7 +86,7 @@ def answer(
     lora: Lora | None = None,
     rank_weights: np.ndarray | None = None,
 ) -> list[str]:
-    """Greedy answers as text.
+    """Greedy answers as text, without white space before it.
 
     Args:
       prompts: token ids of each row, as from `Tokenizer.prompt`.
@@ -112,7 +112,7 @@ def answer(
         None if rank_weights is None else jnp.asarray(rank_weights),
     )
     return [
-        base.tokenizer.decode(row[: np.argmax(row == eos_id)] if eos_id in row else row)
+        base.tokenizer.decode(row[: np.argmax(row == eos_id)] if eos_id in row else row).lstrip()
         for row in np.asarray(out)
     ]
 
@@ -148,14 +148,14 @@ def stream(
         if int(token[0]) == eos_id:
             break
         found.append(int(token[0]))
-        text = base.tokenizer.decode(found)
+        text = base.tokenizer.decode(found).lstrip()
         if not text.endswith('\ufffd'):  # else a character is not whole yet
             yield text[len(told) :]
             told = text
         if count + 1 < max_new_tokens:
             place = np.int32(len(prompt) + count)
             token, cache = _advance(decoder, base.params, token, place, cache, lora)
-    if text := base.tokenizer.decode(found)[len(told) :]:
+    if text := base.tokenizer.decode(found).lstrip()[len(told) :]:
         yield text
 
 

@@ -42,7 +42,9 @@ def generate():
         raise UserError(f'settings of the data: {error}') from error
     found = documents.read([config.source])
     found = found[: config.limit or None]
-    if settings.questions == 'given' and not any(document.questions for document in found):
+    if settings.questions in ('given', 'others') and not any(
+        document.questions for document in found
+    ):
         raise UserError(
             'no document has a question: let the model ask (--config.settings.questions=generated) '
             'or take passages'

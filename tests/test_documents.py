@@ -364,7 +364,7 @@ def test_records_of_given_answers(teacher):
     found = list(distillation.records(teacher, base.tokenizer, sources, settings, block=2))
     assert [r.name for r in found] == ['one']  # no answer; too long an answer; no question
     (query,) = found[0].queries
-    assert query.answer.tolist() == [*b'Ann', 3]
+    assert query.answer.tolist() == [*b' Ann', 3]  # as in a text
     assert query.prompt.tolist() == base.tokenizer.prompt('Who?')
     whole = base.tokenizer.prompt('Some text.\n\nWho?')
     assert found[0].teacher_prompts[0].tolist() == whole
@@ -373,11 +373,33 @@ def test_records_of_given_answers(teacher):
     np.testing.assert_array_equal(query.teacher_ids, ids)
 
 
+def test_questions_about_other_documents(teacher, monkeypatch):
+    """Each document is asked what another one answers; the teacher sees neither."""
+    base = teacher.base
+    monkeypatch.setattr(
+        Teacher, 'answer', lambda self, prompts, limit: [np.asarray([80, 3])] * len(prompts)
+    )
+    sources = [
+        Document(name, f'Text {name}.', (Question(f'{name}?', (name,)), Question('Second?')))
+        for name in 'abcd'
+    ]
+    settings = Settings('others', 1, max_answer_tokens=8, entries=2)
+    made = list(distillation.records(teacher, base.tokenizer, sources, settings))
+    assert [known.name for known in made] == list('abcd')
+    for known in made:
+        (query,) = known.queries
+        other = 'cdab'['abcd'.index(known.name)]
+        assert known.context.tolist() == base.tokenizer.encode(f'Text {known.name}.')
+        assert query.prompt.tolist() == base.tokenizer.prompt(f'{other}?')
+        assert known.teacher_prompts[0].tolist() == query.prompt.tolist()
+        assert query.answer.tolist() == [80, 3] and query.teacher_ids.shape == (2, 2)
+
+
 def test_words_are_said_without_being_asked(teacher):
     found = documents.read([documents.source('words,40')])
     assert found == documents.read([{'reader': 'words', 'count': 40, 'seed': 0}])
     assert len({d.text for d in found}) > 35 and len({d.text.split()[0] for d in found}) > 2
-    settings = Settings(answers='given', entries=0)
+    settings = Settings(answers='given', before='', entries=0)
     made = list(distillation.records(teacher, teacher.base.tokenizer, found, settings))
     for document, record in zip(found, made, strict=True):
         (query,) = record.queries
@@ -404,6 +426,7 @@ def test_questions_are_found_in_what_the_teacher_writes(teacher, monkeypatch):
         ({'questions': 'all'}, 'questions must be one of given'),
         ({'answers': 'none'}, 'answers must be one of given'),
         ({'questions': 'both', 'answers': 'given'}, 'no given answers'),
+        ({'questions': 'others', 'answers': 'given'}, 'answers .* generated'),
     ],
 )
 def test_bad_settings(settings, message):
@@ -634,7 +657,7 @@ def test_restated_sentences(teacher):
     made = distillation.records(teacher, teacher.base.tokenizer, [Document('a', text)], settings)
     for part, known in zip(parts, made, strict=True):
         assert known.name == part.name
-        assert known.queries[0].answer.tolist() == [*known.context, teacher.base.tokenizer.eos_id]
+        assert known.queries[0].answer.tolist() == [*b' ', *known.context, 3]
 
 
 def test_a_teacher_reads_with_its_lora(tiny):
