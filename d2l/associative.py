@@ -4,11 +4,10 @@ Each token of a document is one rank of the LoRA of `down_proj`. Its A is a key:
 model computes something alike, B, the value, reminds it of the token. Keys are made of what the
 model computed before the token and, by attention, around it: who bought a thing may be told before
 the thing is. Keys and values are learned maps of activations (compare MEND, arXiv 2110.11309), and
-the memory is what some steps
-of gradient descent from keys to values find (the delta rule of fast weight programmers, arXiv
-2102.11174, on all tokens at once), in closed form. Values start as the base model's own
-unembeddings of the tokens, whitened, so that each says its token rather than those that are like
-it or frequent: no word need be learned.
+the memory is what some steps of gradient descent from keys to values find (the delta rule of fast
+weight programmers, arXiv 2102.11174, on all tokens at once), in closed form. Values start as the
+base model's own unembeddings of the tokens, whitened, so that each says its token rather than those
+that are like it or frequent: no word need be learned.
 
 Axes: n chunks, l layers, w layers that are written, s tokens, f feature width, z latent width, i
 width of the MLP, h heads.
@@ -53,7 +52,7 @@ class AssociativeConfig:
       scaling: multiplies every delta.
       latent_size: z.
       num_blocks: Transformer blocks in which all tokens of a chunk see each other.
-      num_heads: of their attention, and of that which gathers keys.
+      num_heads: of their attention, and of that which gathers keys; even.
       bottleneck: of the maps that make keys and values.
       shared_rank: of the LoRA that all documents share, in all layers: how to answer.
     """
@@ -155,7 +154,7 @@ class AssociativeMemory(nn.Module):
     def _nearby(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Attention of every token to those around it, by what they are and how far away: latents
         `[n, s, z]` -> `[n, h, s, s]`. Half of the heads start by looking ahead, half back, each
-        twice as far as the one before it or more."""
+        farther than the one before it."""
         heads = self.config.num_heads
         queries, keys = (
             dense(x.shape[-1], ('latent', None), name)(x).reshape(*x.shape[:2], heads, -1)

@@ -58,6 +58,10 @@ class Teacher:
         self._decoder = Decoder(base.config)
         self._rows = sharding.batch_sharding(mesh)
 
+    def untuned(self) -> Teacher:
+        """The model without a LoRA: a reader asks nothing, and knows no text but the prompt's."""
+        return Teacher(self.base, self.mesh, self.tokens_per_pass)
+
     def _in_batches(
         self, sequences: Sequence[Sequence[int]], run: Callable[[np.ndarray, np.ndarray], Any]
     ) -> list[Any]:
@@ -138,10 +142,11 @@ class Settings:
     """How records are made.
 
     Attributes:
-      questions: `given`, those of the documents; `generated`, asked by the teacher; `both`;
+      questions: `given`, those of the documents; `generated`, asked by the model; `both`;
         `passages`, which fill gaps and complete sentences (`d2l.passages`); `restate`, each
         sentence as a document that is to be repeated; or `others`, those of another document, which
-        the teacher answers without any: a document is not to change what it says nothing about.
+        the untuned model answers without any: a document is not to change what it says nothing
+        about.
       questions_per_document: how many to generate, or to take over; of given ones all are kept.
       answers: `given`, the first accepted one, or `generated` by the teacher.
       before: text before given answers. After a space their tokens are those of a text, which a
@@ -171,14 +176,15 @@ class Settings:
 
 
 def ask(teacher: Teacher, documents: Sequence[Document], count: int) -> list[Document]:
-    """The documents with questions that the teacher asks about them, as many as it finds."""
+    """The documents with questions that the untuned model asks about them, as many as it finds."""
     limit = 32 * count
     prompts = [
         _prompt(teacher.base, document.text, _ASK.format(count=count), limit)
         for document in documents
     ]
     found = []
-    for document, answer in zip(documents, teacher.answer(prompts, limit), strict=True):
+    answers = teacher.untuned().answer(prompts, limit)
+    for document, answer in zip(documents, answers, strict=True):
         texts = _QUESTION.findall(teacher.base.tokenizer.decode(answer))
         questions = tuple(Question(text.strip()) for text in dict.fromkeys(texts))
         found.append(dataclasses.replace(document, questions=questions[:count]))
@@ -240,6 +246,7 @@ def _block(teacher, context_tokenizer, documents, settings):
         return
     limit = settings.max_answer_tokens
     if settings.questions == 'others':
+        teacher = teacher.untuned()
         prompts = [base.tokenizer.prompt(question.text) for _, question in pairs]
     else:
         prompts = [_prompt(base, documents[number].text, q.text, limit) for number, q in pairs]

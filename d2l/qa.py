@@ -71,7 +71,6 @@ class Methods:
         self._all = documents
         self.reader = None if reader is None else entries(reader, 0)
         mesh = sharding.make_mesh({'fsdp': 1}, jax.local_devices()[:1])
-        self._asker = distillation.Teacher(self.base, mesh, 4096)
         self._teacher = distillation.Teacher(self.base, mesh, 4096, self.reader)
         self._distil = Fitter(
             self.base, ConfigDict({'name': 'top_k_distillation'}), config.learning_rate
@@ -207,11 +206,12 @@ class Methods:
         self, label: str, document: Document, start: Lora, oracle: bool = False
     ) -> Iterator[tuple[str, State]]:
         c = self.config
-        asked = [document]
-        if not oracle:  # a reader only answers: the model as it is asks
-            asked = distillation.ask(self._asker, asked, c.generated_questions)
-        settings = distillation.Settings(max_answer_tokens=c.answer_tokens)
-        found = list(distillation.records(self._teacher, self.base.tokenizer, asked, settings))
+        settings = distillation.Settings(
+            questions='given' if oracle else 'generated',
+            questions_per_document=c.generated_questions,
+            max_answer_tokens=c.answer_tokens,
+        )
+        found = list(distillation.records(self._teacher, self.base.tokenizer, [document], settings))
         shape = ConfigDict(
             {
                 'queries': 1,

@@ -149,7 +149,7 @@ def stream(
             break
         found.append(int(token[0]))
         text = base.tokenizer.decode(found).lstrip()
-        if not text.endswith('\ufffd'):  # else a character is not whole yet
+        if text != told and not text.endswith('\ufffd'):  # else a character is not whole yet
             yield text[len(told) :]
             told = text
         if count + 1 < max_new_tokens:

@@ -677,6 +677,27 @@ def test_a_teacher_reads_with_its_lora(tiny):
     assert not np.allclose(plain[0][1], adapted[0][1])
 
 
+def test_a_reader_only_answers(tiny, monkeypatch):
+    """Questions, and answers without a document, are the untuned model's."""
+    heard = []
+
+    def reply(self, prompts, limit):
+        heard.append(self.lora is not None)
+        return [np.asarray([*b'Who sings so well?', 3])] * len(prompts)
+
+    monkeypatch.setattr(Teacher, 'answer', reply)
+    monkeypatch.setattr(distillation, '_ASK', 'Ask {count}.')  # the window is small
+    dims = {name: (i, o) for name, i, o in lora.module_dims(tiny.config, ('down_proj',))}
+    own = lora.init(jax.random.key(0), dims, tiny.config.num_layers, 2)
+    reader = Teacher(tiny, sharding.make_mesh({'fsdp': -1}), 64, own)
+    sources = [Document(name, 'Text.', (Question('Who?'),)) for name in 'ab']
+    for questions, wanted in (('given', [True]), ('generated', [False, True]), ('others', [False])):
+        heard.clear()
+        settings = Settings(questions, 1, max_answer_tokens=32, entries=0)
+        assert len(list(distillation.records(reader, tiny.tokenizer, sources, settings))) == 2
+        assert heard == wanted
+
+
 def test_online_and_stored_teacher_agree(teacher, tmp_path):
     """Loss and gradient are the same, whether the teacher was asked before or is asked now."""
     base = teacher.base

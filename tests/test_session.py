@@ -105,6 +105,17 @@ def test_a_stream_ends_where_the_answer_ends(tiny):
         list(stream(tiny, [5] * 250, 12))
 
 
+def test_answers_lose_the_space_before_them(tiny, monkeypatch):
+    """Hypernetworks learn answers with one; users see none, nor pieces of nothing."""
+    prompt = tiny.tokenizer.prompt('Why?')
+    plain = answer(tiny, [prompt], 12)[0]
+    decode = CharTokenizer.decode
+    monkeypatch.setattr(CharTokenizer, 'decode', lambda self, ids: f' \n{decode(self, ids)}')
+    assert answer(tiny, [prompt], 12) == [plain]
+    pieces = list(stream(tiny, prompt, 12))
+    assert all(pieces) and ''.join(pieces) == plain
+
+
 def test_an_empty_document(session):
     with pytest.raises(UserError, match='empty'):
         session.internalize('')
