@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
             'name': 'eval_composition',
             'data': '',  # as for configs/eval_qa.py
             'counts': (1, 2, 4, 8, 16),  # of documents in the model together
-            'groups': 8,  # of so many documents that are tried, at most
+            'documents': 32,  # the first ones, all of which are in the model in turn
             'others': 8,  # documents that are only asked about, the last ones
             'questions': 4,  # of each document; 0 for all
             'limit': 0,  # documents, the first ones; 0 for all

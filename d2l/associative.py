@@ -26,6 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from d2l.hypernetwork import shared_pair
+from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.layers import PerLayerDense, dense
 from hyperlora.lora import Lora, LoraPair
@@ -227,7 +228,16 @@ def _rms(x: jax.Array) -> jax.Array:
 
 
 def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -> Hypernetwork:
-    """Builds the hypernetwork; the base reads. Contexts are `tokens [n, s]` and `mask [n, s]`."""
+    """Builds the hypernetwork; the base reads. Contexts are `tokens [n, s]` and `mask [n, s]`.
+
+    Raises:
+      UserError: an odd number of heads.
+    """
+    if config.shape.num_heads % 2:
+        raise UserError(
+            f'hypernetwork.shape.num_heads must be even, not {config.shape.num_heads}: half of the '
+            'heads look ahead, half back'
+        )
     c = base.config
     module = AssociativeMemory(
         AssociativeConfig(c.num_layers, c.mlp_width, c.width, **config.shape)

@@ -25,9 +25,10 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     """Asks about documents that are in one model together, and about documents that are not.
 
     metrics.json holds, by the number of documents in the model, means of F1: `own`, over questions
-    about them; `other`, over questions about other documents, always the same ones; `base`, those
-    of the base model on the `other` questions; and `same`, the share of the answers to `other`
-    questions that are those of the base model.
+    about them; `other`, over questions about other documents; `base`, those of the base model on
+    the `other` questions; and `same`, the share of the answers to `other` questions that are those
+    of the base model. The questions are the same for every number: all `documents` are in the model
+    in turn, in groups of so many.
 
     Args:
       config: of `configs/eval_composition.py`.
@@ -38,19 +39,24 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
       UserError: bad documents, or too few; a checkpoint that does not read documents.
     """
     counts = sorted(set(config.counts))
-    if not counts or counts[0] < 1 or config.others < 1 or config.groups < 1:
-        raise UserError('counts, groups and others must be positive numbers')
+    if not counts or counts[0] < 1 or config.others < 1:
+        raise UserError('counts and others must be positive numbers')
+    if config.documents < 1 or any(config.documents % count for count in counts):
+        raise UserError(
+            f'{config.documents} documents cannot be divided into groups of '
+            f'{", ".join(map(str, counts))}: change --config.documents or --config.counts'
+        )
     model = trained.load(checkpoint, quantization=config.base_quantization)
     found = qa.read(config)
-    needed = counts[-1] + config.others
+    needed = config.documents + config.others
     if len(found) < needed:
         raise UserError(
-            f'{config.data} has {len(found)} documents with questions; {needed} are needed for '
-            f'{counts[-1]} together and {config.others} others'
+            f'{config.data} has {len(found)} documents with questions; {needed} are needed, '
+            f'{config.documents} in the model and {config.others} others'
         )
-    others, found = found[-config.others :], found[: -config.others]
+    others, found = found[-config.others :], found[: config.documents]
     path = workdir / 'metrics.json'
-    keys = ('data', 'limit', 'questions', 'others', 'groups', 'max_new_tokens')
+    keys = ('data', 'limit', 'questions', 'documents', 'others', 'max_new_tokens')
     metrics = record.resume(
         path,
         {
@@ -72,9 +78,9 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     todo = [count for count in counts if str(count) not in metrics['f1']]
     begun = time.perf_counter()
     for done, count in enumerate(todo, start=1):
-        groups = [found[i : i + count] for i in range(0, len(found) - count + 1, count)]
         own, other, same = [], [], []
-        for group in groups[: config.groups]:
+        for start in range(0, len(found), count):
+            group = found[start : start + count]
             memory = Memory(internalizer)
             for document in group:
                 memory.add(

@@ -211,31 +211,7 @@ def records(
 
 def _block(teacher, context_tokenizer, documents, settings):
     base = teacher.base
-    room = base.config.max_length - settings.max_answer_tokens - _QUESTION_ROOM
-    if settings.questions == 'restate':
-        documents = [sentence for d in documents for sentence in passages.restate(d)]
-    documents = [d for d in documents if len(base.tokenizer.encode(d.text)) <= room]
-    if settings.questions == 'passages':
-        documents = [
-            dataclasses.replace(d, questions=passages.ask(d, settings.questions_per_document))
-            for d in documents
-        ]
-    elif settings.questions == 'others':
-        if len(documents) < 2:
-            return
-        half = len(documents) // 2  # far away: neighbours are often about the same
-        documents = [
-            dataclasses.replace(d, questions=other.questions[: settings.questions_per_document])
-            for d, other in zip(documents, documents[half:] + documents[:half], strict=True)
-        ]
-    elif settings.questions not in ('given', 'restate'):
-        asked = ask(teacher, documents, settings.questions_per_document)
-        if settings.questions == 'both':
-            asked = [
-                dataclasses.replace(given, questions=given.questions + new.questions)
-                for given, new in zip(documents, asked, strict=True)
-            ]
-        documents = asked
+    documents = _asked(teacher, documents, settings)
     pairs = [
         (number, question)
         for number, document in enumerate(documents)
@@ -277,6 +253,32 @@ def _block(teacher, context_tokenizer, documents, settings):
         document = documents[number]
         context = np.asarray(context_tokenizer.encode(document.text), np.int32)
         yield Record(document.name, context, *map(tuple, zip(*own, strict=True)))
+
+
+def _asked(teacher, documents, settings):
+    """The documents that fit into the teacher's window, with the questions of the settings."""
+    if settings.questions == 'restate':
+        documents = [sentence for d in documents for sentence in passages.restate(d)]
+    tokenizer, longest = teacher.base.tokenizer, teacher.base.config.max_length
+    room = longest - settings.max_answer_tokens - _QUESTION_ROOM
+    documents = [d for d in documents if len(tokenizer.encode(d.text)) <= room]
+    count = settings.questions_per_document
+    if settings.questions in ('given', 'restate'):
+        return documents
+    if settings.questions == 'passages':
+        questions = [passages.ask(d, count) for d in documents]
+    elif settings.questions == 'others':
+        if len(documents) < 2:
+            return []
+        half = len(documents) // 2  # far away: neighbours are often about the same
+        questions = [other.questions[:count] for other in documents[half:] + documents[:half]]
+    else:
+        questions = [asked.questions for asked in ask(teacher, documents, count)]
+        if settings.questions == 'both':
+            questions = [d.questions + new for d, new in zip(documents, questions, strict=True)]
+    return [
+        dataclasses.replace(d, questions=own) for d, own in zip(documents, questions, strict=True)
+    ]
 
 
 def _prompt(base: BaseModel, text: str, question: str, room: int) -> list[int]:

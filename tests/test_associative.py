@@ -14,6 +14,7 @@ from configs import d2l_docs
 from d2l.internalize import Answerer, Internalizer, Question
 from hyperlora import hypernetwork
 from hyperlora import lora as lora_lib
+from hyperlora.errors import UserError
 from hyperlora.generation import answer
 from hyperlora.models.decoder import Block, first_layers, inputs_of, places
 from hyperlora.trained import Trained
@@ -57,6 +58,12 @@ def generate(model, tokens, room=0):
 def delta(lora):
     pair = lora.pairs['down_proj']
     return float(lora.scaling) * np.einsum('lgri,lgro->lgio', pair.a, pair.b)
+
+
+def test_an_odd_number_of_heads():
+    config = ConfigDict({'name': 'associative_memory', 'shape': {**SHAPE, 'num_heads': 3}})
+    with pytest.raises(UserError, match='num_heads must be even, not 3'):
+        hypernetwork.build(config, tiny_base())
 
 
 def test_inputs_of_a_projection():

@@ -319,7 +319,8 @@ def test_documents_without_answers(monkeypatch, model, tmp_path):
 
 def test_documents_together(monkeypatch, model, data, tmp_path):
     config = eval_composition.get_config()
-    config.update({'data': str(data), 'counts': (1, 2), 'others': 1, 'max_new_tokens': 4})
+    config.update({'data': str(data), 'counts': (1, 2), 'documents': 2, 'others': 1})
+    config.max_new_tokens = 4
     monkeypatch.setattr(trained, 'load', lambda *_, **__: model)
     composition.evaluate(config, 'x', tmp_path)
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
@@ -329,9 +330,13 @@ def test_documents_together(monkeypatch, model, data, tmp_path):
     }
     for values in metrics['f1'].values():
         assert values.keys() == {'own', 'other', 'base', 'same'}
-    config.counts = (4,)
-    with pytest.raises(UserError, match='has 3 documents with questions; 5 are needed'):
-        composition.evaluate(config, 'x', tmp_path / 'other')
+    for wanted, message in (
+        (3, 'cannot be divided into groups of 1, 2: change'),
+        (4, 'has 3 documents with questions; 5 are needed'),
+    ):
+        config.documents = wanted
+        with pytest.raises(UserError, match=message):
+            composition.evaluate(config, 'x', tmp_path / 'other')
 
 
 def test_sources():
