@@ -5,14 +5,16 @@ python -m launch.evaluate --config=configs/eval_t2l.py --checkpoint=NAME_OR_DIR 
 ... --config.per_task=WORKDIR --config.methods=t2l,per_task,average --config.only=seen
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
     return ConfigDict(
         {
             'name': 'eval_t2l',
-            # A folder of tasks, a JSON file each; none need be known to the checkpoint.
+            # A folder of tasks, a JSON file each, none of which need be known to the checkpoint; or
+            # READER,ARGUMENT of `t2l.collections`, such as natural_instructions,DIR or
+            # benchmarks,boolq,piqa.
             'tasks': '',
             'generated': True,  # also the generated tasks
             'only': '',  # of those, the tasks that were `seen` in training, or the `unseen` ones
@@ -34,5 +36,7 @@ def get_config() -> ConfigDict:
             'seeds': 3,  # of descriptions
             # YAML: task name -> list of descriptions, for tasks that have none.
             'descriptions': '',
+            # A key of `quantization.KINDS`; by default as in the training.
+            'base_quantization': config_dict.placeholder(str),
         }
     )

@@ -41,6 +41,8 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     counts = sorted(set(config.counts))
     if not counts or counts[0] < 1 or config.others < 1:
         raise UserError('counts and others must be positive numbers')
+    if config.limit < 0 or config.questions < 0:
+        raise UserError('limit and questions must not be negative')
     if config.documents < 1 or any(config.documents % count for count in counts):
         raise UserError(
             f'{config.documents} documents cannot be divided into groups of '
@@ -56,7 +58,15 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
         )
     others, found = found[-config.others :], found[: config.documents]
     path = workdir / 'metrics.json'
-    keys = ('data', 'limit', 'questions', 'documents', 'others', 'max_new_tokens')
+    keys = (
+        'data',
+        'base_quantization',
+        'limit',
+        'questions',
+        'documents',
+        'others',
+        'max_new_tokens',
+    )
     metrics = record.resume(
         path,
         {

@@ -34,7 +34,7 @@ _ASK = (
 )
 _QUESTION_ROOM = 128  # tokens of the window for the question and the chat template
 # A line up to its question mark, without a number or the word Question before it.
-_QUESTION = re.compile(r'^\W*(?:Question\W+)?(?:\d+\W+)?(\w[^?\n]{8,200}\?)', re.MULTILINE)
+_QUESTION = re.compile(r'^\W*(?:Question\W+)?(?:\d+\W+)?(\w[^?？؟\n]{8,200}[?？؟])', re.MULTILINE)
 
 
 class Teacher:

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from d2l import chunking
-from d2l.records import Joined, Record, load
+from d2l.records import MANY_MISSES, Joined, Record, load
 from hyperlora.data.packing import pack
 from hyperlora.errors import UserError
 from hyperlora.models.base import BaseModel
@@ -38,10 +38,10 @@ class DocumentGroups:
           config: `context_tokens`, the upper ends of the buckets of length: longer documents are
             left out; `group_tokens`; `queries`, the most of a context, whose row has room for
             `query_tokens` and `answer_tokens` (and the teacher's for `teacher_tokens`): questions
-            that do not fit are left out; `chunks`, the odds of splitting a document into 1, 2, ...
-            chunks; `together`, the odds that a group's documents are all in the model when it is
-            asked about one of them; `teacher`: `stored`, or `online` if it is asked in the training
-            step.
+            that do not fit are left out, and documents that have no other; `chunks`, the odds of
+            splitting a document into 1, 2, ... chunks; `together`, the odds that a group's
+            documents are all in the model when it is asked about one of them; `teacher`: `stored`,
+            or `online` if it is asked in the training step.
 
         Raises:
           UserError: no documents that are short enough.
@@ -76,7 +76,8 @@ class DocumentGroups:
         contexts = counts[bucket]
         odds = np.asarray(c.chunks)
         parts = 1 + int(shape_rng.choice(len(odds), p=odds / odds.sum()))
-        documents = [self.records[i] for i in rng.choice(self.buckets[bucket], contexts)]
+        drawn = [self._draw(rng, self.buckets[bucket]) for _ in range(contexts)]
+        documents, rows = zip(*drawn, strict=True)
         longest = c.context_tokens[bucket]
         length = -(-longest // parts)
         chunks = [
@@ -85,16 +86,27 @@ class DocumentGroups:
         tokens, mask = chunking.pad(chunks, length)
         read = np.eye(contexts) if rng.random() >= c.together else np.ones((contexts, contexts))
         weights = np.repeat(read.astype(np.float32), parts, axis=1) * mask.any(1)
-        rows = join([self._queries(rng, document) for document in documents])
-        return _group(tokens, mask, weights, rows)
+        return _group(tokens, mask, weights, join(rows))
 
-    def _queries(self, rng: np.random.Generator, document: Record) -> Rows:
-        """The row of some of a document's questions."""
-        chosen: list[int] = []
-        for number in rng.permutation(len(document.queries)):
-            if len(chosen) < self.config.queries and fit(self.config, document, [*chosen, number]):
-                chosen.append(number)
-        return row_of(self.config, document, chosen)
+    def _draw(self, rng: np.random.Generator, bucket: np.ndarray) -> tuple[Record, Rows]:
+        """A document of a bucket, and the row of some of its questions.
+
+        Raises:
+          UserError: many in a row have no question that fits.
+        """
+        for _ in range(MANY_MISSES):
+            document = self.records[rng.choice(bucket)]
+            chosen: list[int] = []
+            for number in rng.permutation(len(document.queries)):
+                more = [*chosen, number]
+                if len(more) <= self.config.queries and fit(self.config, document, more):
+                    chosen = more
+            if chosen:
+                return document, row_of(self.config, document, chosen)
+        raise UserError(
+            'no question of the documents fits into its row: raise data.query_tokens, '
+            'data.answer_tokens or, with a teacher online, data.teacher_tokens'
+        )
 
 
 def fit(config: ConfigDict, document: Record, numbers: Sequence[int]) -> bool:
@@ -201,12 +213,19 @@ def build(
     """The groups of a training; see `hyperlora.data`.
 
     Raises:
-      UserError: answers of a teacher whose opinion is lacking; see `records.load` and
-        `DocumentGroups`.
+      UserError: contexts for another encoder, or answers of a teacher whose opinion is lacking; see
+        `records.load` and `DocumentGroups`.
     """
     joined = load(config.records, base)
     for records in joined.folders:
         settings = records.meta['config']['settings']
+        made_for = records.meta.get('encoder_fingerprint')
+        if made_for != encoder.fingerprint:
+            raise UserError(
+                f'{records.folder} holds contexts for the encoder {made_for}, not for '
+                f'{encoder.fingerprint} ({encoder.name}): make them with launch.generate_data, '
+                '--config.encoder as in the training'
+            )
         if config.teacher == 'stored' and settings['answers'] == 'generated':
             if not settings['entries']:
                 raise UserError(

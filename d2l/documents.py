@@ -10,6 +10,7 @@ import dataclasses
 import json
 import pathlib
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ from d2l.pictures import PREFIX, QUESTION
 from hyperlora.data import readers
 from hyperlora.errors import UserError
 
+# Each with the blanks that follow it.
+_PARAGRAPH = re.compile(r'.+?(?:\n\s*\n|\Z)', re.DOTALL)
+_SENTENCE = re.compile(r'.+?(?:\n|(?<=[.!?])\s|(?<=[。！？])|\Z)', re.DOTALL)
 _LABELS = ('Text:', 'Words:', 'Here:', 'Note:', 'Image:')  # before a word that stands alone
 
 
@@ -52,9 +56,9 @@ def read_squad(path: str) -> Iterator[Document]:
     file = pathlib.Path(path).expanduser()
     try:
         articles = json.loads(file.read_text(encoding='utf-8'))['data']
-        for article in articles:
+        for index, article in enumerate(articles):
             for number, paragraph in enumerate(article['paragraphs']):
-                name = f'{article.get("title", "untitled")}/{number}'
+                name = f'{article.get("title", index)}/{number}'
                 questions = tuple(
                     Question(qa['question'], tuple(dict.fromkeys(a['text'] for a in qa['answers'])))
                     for qa in paragraph['qas']
@@ -63,6 +67,8 @@ def read_squad(path: str) -> Iterator[Document]:
                 yield Document(name, paragraph['context'], questions)
     except OSError as error:
         raise UserError(f'{path}: cannot read it ({error.strerror})') from error
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: not UTF-8 (bad byte at offset {error.start})') from error
     except json.JSONDecodeError as error:
         raise UserError(f'{path}:{error.lineno}: not valid JSON ({error.msg})') from error
     except (KeyError, TypeError, AttributeError) as error:
@@ -82,7 +88,7 @@ def read_jsonl(path: str) -> Iterator[Document]:
     """
     file = pathlib.Path(path).expanduser()
     try:
-        lines = file.read_text(encoding='utf-8').splitlines()
+        lines = file.read_text(encoding='utf-8').split('\n')  # texts may hold other line ends
     except OSError as error:
         raise UserError(f'{path}: cannot read it ({error.strerror})') from error
     except UnicodeDecodeError as error:
@@ -123,8 +129,8 @@ def read_parquet(path: str) -> Iterator[Document]:
 
 
 def read_text(path: str, characters: int = 1500) -> Iterator[Document]:
-    """Text files (a file, or all of a folder whose endings `d2l.files` knows) as passages of whole
-    paragraphs, of about `characters` each; without questions.
+    """Text files (a file, or all of a folder whose endings `d2l.files` knows) as passages of about
+    `characters`: whole paragraphs or, where one is longer, lines and sentences; without questions.
 
     Raises:
       UserError: nothing there to read.
@@ -133,7 +139,7 @@ def read_text(path: str, characters: int = 1500) -> Iterator[Document]:
     found = (
         [root]
         if root.is_file()
-        else sorted(p for p in root.rglob('*') if p.suffix in files.SUFFIXES)
+        else sorted(p for p in root.rglob('*') if p.suffix.lower() in files.SUFFIXES)
     )
     if not found:
         raise UserError(f'{path}: no text file ({", ".join(files.SUFFIXES)}) there')
@@ -314,26 +320,33 @@ def _from_entry(entry: Any, where: str, name: str) -> Document:
         answers = None if answers is None else [answers]
     if not isinstance(text, str):
         raise UserError(f'{where}: no text under context, text or document')
-    if not all(isinstance(question, str) for question in questions):
-        raise UserError(f'{where}: questions must be texts')
-    answers = [()] * len(questions) if answers is None else answers
+    if not _texts(questions):
+        raise UserError(f'{where}: questions must be a list of texts')
+    answers = [[]] * len(questions) if answers is None else answers
+    if not isinstance(answers, list):
+        raise UserError(f'{where}: answers must be a list, of one for each question')
     if len(answers) != len(questions):
         raise UserError(f'{where}: {len(questions)} questions, but {len(answers)} answers')
-    pairs = zip(questions, answers, strict=True)
-    return Document(
-        str(entry.get('id', name)),
-        text,
-        tuple(Question(q, (a,) if isinstance(a, str) else tuple(a)) for q, a in pairs),
-    )
+    answers = [[answer] if isinstance(answer, str) else answer for answer in answers]
+    if not all(map(_texts, answers)):
+        raise UserError(f'{where}: the answers to a question must be a text or a list of texts')
+    pairs = zip(questions, map(tuple, answers), strict=True)
+    return Document(str(entry.get('id', name)), text, tuple(Question(q, a) for q, a in pairs))
+
+
+def _texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _passages(text: str, characters: int) -> Iterator[str]:
+    parts = []
+    for paragraph in _PARAGRAPH.findall(text):
+        parts += [paragraph] if len(paragraph) <= characters else _SENTENCE.findall(paragraph)
     passage = ''
-    for paragraph in text.split('\n\n'):
-        paragraph = paragraph.strip()
-        if passage and len(passage) + len(paragraph) > characters:
-            yield passage
+    for part in parts:
+        if passage and len(passage) + len(part) > characters:
+            yield passage.strip()
             passage = ''
-        passage = f'{passage}\n\n{paragraph}' if passage else paragraph
+        passage = (passage + part).lstrip()
     if passage:
-        yield passage
+        yield passage.strip()

@@ -51,7 +51,7 @@ def _utf8(data: bytes, name: str) -> str:
     if b'\0' in data:
         raise UserError(f'{name}: not a text but a binary file; known are {", ".join(SUFFIXES)}')
     try:
-        return data.decode('utf-8-sig')
+        return data.decode('utf-8-sig').replace('\r\n', '\n')
     except UnicodeDecodeError as error:
         raise UserError(f'{name}: not UTF-8 text (bad byte at offset {error.start})') from error
 

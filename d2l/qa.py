@@ -22,13 +22,13 @@ from d2l.internalize import Internalizer
 from d2l.prompts import in_context_prompt
 from d2l.scores import SCORES
 from hyperlora import lora as lora_lib
-from hyperlora import sharding, trained
+from hyperlora import lora_table, sharding, trained
 from hyperlora.errors import UserError
 from hyperlora.evaluation import plots, record
 from hyperlora.evaluation.meter import Meter
+from hyperlora.evaluation.methods import methods_of, public
 from hyperlora.generation import answer_in_batches
 from hyperlora.lora import Lora
-from hyperlora.lora_table import entries
 from hyperlora.trained import Trained
 
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)  # upper ends, in tokens of the base model
@@ -69,7 +69,7 @@ class Methods:
         self.internalizer = Internalizer(model)
         self.documents = {document.name: i for i, document in enumerate(documents)}
         self._all = documents
-        self.reader = None if reader is None else entries(reader, 0)
+        self.reader = None if reader is None else lora_table.single(reader)
         mesh = sharding.make_mesh({'fsdp': 1}, jax.local_devices()[:1])
         self._teacher = distillation.Teacher(self.base, mesh, 4096, self.reader)
         self._distil = Fitter(
@@ -160,11 +160,10 @@ class Methods:
         yield from self._distilled('distilled_from_d2l', document, start)
 
     def finetuned(self, document: Document) -> Iterator[tuple[str, State]]:
-        """A LoRA trained on the text of the document."""
-        tokens = self.base.tokenizer.encode(document.text)
+        """A LoRA trained on the text of the document, as much of it as the window holds."""
+        tokens = self.base.tokenizer.encode(document.text)[: self.base.config.max_length]
         rows = text_rows(tokens, self.config.query_tokens)
-        for label, own in self._fitted('finetuned', self._tune, self._fresh(), rows):
-            yield label, self._adapted(own)
+        yield from self._fitted('finetuned', self._tune, self._fresh(), rows)
 
     # ---- parts
 
@@ -176,7 +175,7 @@ class Methods:
 
     def _prompted(self, tokens: Sequence[int]) -> State:
         """The document in the prompt: what is kept of it is its KV cache."""
-        cache = self.base.cache_nbytes(len(tokens))
+        cache = self.base.cache_nbytes(min(len(tokens), self.base.config.max_length))
         return State(self.reader, lambda question: self._with(tokens, question), cache)
 
     def _adapted(self, own: Lora) -> State:
@@ -225,26 +224,21 @@ class Methods:
             numbers = [[i] for i in range(len(known.queries)) if docs.fit(shape, known, [i])]
             numbers += [[]] * (-len(numbers) % 4)  # few shapes
             rows = [docs.row_of(shape, known, row) for row in numbers]
-        if not rows:  # the teacher asked nothing, or never came to an end
-            for steps in c.steps:
-                yield f'{label}/{steps}', self._adapted(start)
-            return
-        rows = docs.join(rows)['query']
-        for name, own in self._fitted(label, self._distil, start, rows):
-            yield name, self._adapted(own)
+        known = docs.join(rows)['query'] if rows else None
+        yield from self._fitted(label, self._distil, start, known)
 
-    def _fitted(self, label: str, fitter: Fitter, start: Lora, rows: dict[str, np.ndarray]):
-        for steps, own in zip(
-            self.config.steps, fitter(start, rows, self.config.steps), strict=True
-        ):
-            yield f'{label}/{steps}', own
+    def _fitted(
+        self, label: str, fitter: Fitter, start: Lora, rows: dict[str, np.ndarray] | None
+    ) -> Iterator[tuple[str, State]]:
+        """After each number of steps on the rows; where they hold no label, as it started."""
+        steps = self.config.steps
+        teaches = rows is not None and rows['label_weights'].any()
+        loras = fitter(start, rows, steps) if teaches else [start] * len(steps)
+        for count, own in zip(steps, loras, strict=True):
+            yield f'{label}/{count}', self._adapted(own)
 
 
-METHODS: dict[str, Callable[[Methods, Document], Iterator[tuple[str, State]]]] = {
-    name: method
-    for name, method in vars(Methods).items()
-    if callable(method) and not name.startswith('_')
-}
+METHODS: dict[str, Callable[[Methods, Document], Iterator[tuple[str, State]]]] = public(Methods)
 
 
 def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None:
@@ -256,7 +250,8 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     update_bytes, kept_bytes, question_seconds and question_bytes; `break_even`, the number of
     questions after which a method took less time than the prompt; and `documents`, all answers. A
     method with steps of gradient descent counts once for each number of them, as METHOD/STEPS;
-    where the teacher asks nothing, or ends no answer, it is scored as it started.
+    where the teacher asks nothing, ends no answer, or cannot hold the document in its window, it is
+    scored as it started.
 
     Args:
       config: of `configs/eval_qa.py`.
@@ -264,20 +259,24 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
       workdir: where the results go; a rerun with the same settings goes on after the last document.
 
     Raises:
-      UserError: bad documents, unknown methods, a checkpoint that does not read documents.
+      UserError: bad settings or documents, unknown methods, a checkpoint that does not read
+        documents.
     """
-    names = [name for text in config.methods for name in text.split(',')]
-    if unknown := set(names) - METHODS.keys():
-        raise UserError(
-            f'unknown methods {", ".join(sorted(unknown))}; known: {", ".join(METHODS)}'
-        )
+    names = methods_of(config.methods, METHODS)
+    if list(config.steps) != sorted(set(config.steps)) or min(config.steps, default=0) < 1:
+        raise UserError(f'steps must be positive numbers that rise, not {config.steps}')
+    for key in ('truncated_tokens', 'retrieved_tokens', 'query_tokens', 'answer_tokens'):
+        if config[key] < 1:
+            raise UserError(f'{key} must be a positive number, not {config[key]}')
+    if config.limit < 0 or config.questions < 0:
+        raise UserError('limit and questions must not be negative')
     for package in ('bm25s', 'rouge_score'):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"this evaluation needs {package}: pip install 'hyperlora[evaluation]'")
     model = trained.load(checkpoint, quantization=config.base_quantization)
     reader = None
     if config.reader:
-        reader = trained.load(config.reader, model.base).require('lora_table')
+        reader = trained.load(config.reader, model.base)
     found = read(config)
     path = workdir / 'metrics.json'
     metrics = record.resume(
@@ -291,6 +290,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
                 key: config[key]
                 for key in (
                     'data',
+                    'base_quantization',
                     'limit',
                     'questions',
                     'max_new_tokens',

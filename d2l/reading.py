@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from d2l.records import Joined, Record, load
+from d2l.records import MANY_MISSES, Joined, Record, load
 from hyperlora.data.packing import pack
 from hyperlora.errors import UserError
 from hyperlora.models.base import BaseModel
@@ -53,14 +53,26 @@ class Readings:
         return {'context': {'task': np.zeros(1, np.int32)}, 'query': query}
 
     def _pairs(self, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(prompt with the document, answer) pairs that fit into an empty row."""
+        """(prompt with the document, answer) pairs that fit into an empty row.
+
+        Raises:
+          UserError: many in a row do not.
+        """
         c = self.config
-        while True:
+        misses = 0
+        while misses < MANY_MISSES:
             document: Record = self.records[rng.choice(self.short)]
             number = rng.integers(len(document.queries))
             prompt, answer = document.teacher_prompts[number], document.queries[number].answer
             if len(prompt) + len(answer) <= c.row_tokens and len(answer) <= c.row_labels:
                 yield prompt, answer
+                misses = 0
+            else:
+                misses += 1
+        raise UserError(
+            f'no question with its document fits into {c.row_tokens} tokens, with an answer of at '
+            f'most {c.row_labels}: raise data.row_tokens or data.row_labels'
+        )
 
 
 def example(config: ConfigDict, base: BaseModel, encoder: BaseModel) -> dict[str, dict[str, Any]]:

@@ -26,6 +26,8 @@ from array_record.python import array_record_module
 from hyperlora.errors import UserError
 from hyperlora.models.base import BaseModel
 
+MANY_MISSES = 1000  # draws without a question that fits, after which there is likely none
+
 
 @dataclasses.dataclass(frozen=True)
 class Query:

@@ -22,6 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hyperlora import lora
+from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.lora import Lora, LoraPair
 from hyperlora.models.base import BaseModel
@@ -115,6 +116,18 @@ def factors(params: Any) -> dict[str, np.ndarray]:
         for name, x in params.items()
         if f'head_{name}' in params
     }
+
+
+def single(table: Trained) -> Lora:
+    """The only entry of a trained table, one row.
+
+    Raises:
+      UserError: not a table, or one of several entries.
+    """
+    count = table.require('lora_table').config.hypernetwork.shape.entries
+    if count != 1:
+        raise UserError(f'the checkpoint has {count} LoRAs; one for all texts is needed here')
+    return entries(table, 0)
 
 
 def entries(table: Trained, *numbers: int) -> Lora:

@@ -15,11 +15,9 @@ _OUTPUT = flags.DEFINE_string('output', None, 'Folder to write.', required=True)
 
 
 def main(_):
-    import pathlib
+    from hyperlora import checkpointing, trained
 
-    from hyperlora import checkpointing
-
-    params, meta = checkpointing.load_params(pathlib.Path(_WORKDIR.value).resolve() / 'checkpoints')
+    _, params, meta = trained.read(_WORKDIR.value)
     kept = {key: meta[key] for key in ('config', 'base_fingerprint', 'encoder_fingerprint', 'step')}
     checkpointing.export(_OUTPUT.value, params, kept)
     print(f'exported step {meta["step"]} of {_WORKDIR.value} to {_OUTPUT.value}')

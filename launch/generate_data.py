@@ -34,6 +34,7 @@ def generate():
 
     from d2l import distillation, documents, records
     from hyperlora import lora_table, sharding, trained
+    from hyperlora.evaluation import record
     from hyperlora.models.base import load_base, load_encoder
 
     try:
@@ -49,7 +50,10 @@ def generate():
             'no document has a question: let the model ask (--config.settings.questions=generated) '
             'or take passages'
         )
-    meta = {'config': {k: v for k, v in config.to_dict().items() if k not in _HARMLESS}}
+    meta = {
+        'config': {k: v for k, v in config.to_dict().items() if k not in _HARMLESS},
+        'reader': record.digest(trained.read(config.reader)[1]) if config.reader else None,
+    }
     todo = []
     for shard in range(config.shards):
         path = records.shard_path(output, shard, config.shards)
@@ -67,18 +71,21 @@ def generate():
     todo = todo[jax.process_index() :: jax.process_count()]
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
     base = load_base(config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization)
-    tokenizer = base.tokenizer
-    if config.encoder:
-        tokenizer = load_encoder(config.encoder, config.base_dtype, mesh).tokenizer
+    encoder = load_encoder(config.encoder, config.base_dtype, mesh) if config.encoder else base
+    made_with = {
+        **meta,
+        'base_fingerprint': base.fingerprint,
+        'encoder_fingerprint': encoder.fingerprint,
+    }
     reader = None
     if config.reader:
-        reader = lora_table.entries(trained.load(config.reader, base).require('lora_table'), 0)
+        reader = lora_table.single(trained.load(config.reader, base))
     teacher = distillation.Teacher(base, mesh, config.tokens_per_pass, reader)
     begun, done = time.perf_counter(), 0
     for number, (shard, path) in enumerate(todo, start=1):
         own = found[shard :: config.shards]
-        made = distillation.records(teacher, tokenizer, own, settings)
-        kept = records.write_shard(path, made, {**meta, 'base_fingerprint': base.fingerprint})
+        made = distillation.records(teacher, encoder.tokenizer, own, settings)
+        kept = records.write_shard(path, made, made_with)
         done += len(own)
         seconds = time.perf_counter() - begun
         left = seconds / number * (len(todo) - number)

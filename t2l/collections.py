@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -112,6 +113,49 @@ READERS: dict[str, Callable[..., list[Task]]] = {
 }
 
 
+# What may follow the names of readers on the command line.
+_ARGUMENTS = {
+    'json': ('path',),
+    'natural_instructions': ('path', 'split'),
+    'text_to_lora': ('path', 'instructions'),
+    'records': ('path',),
+}
+
+
+def source(text: str) -> dict[str, Any]:
+    """What `READER` or `READER,ARGUMENT,...` names, as a source of `read`; a path alone holds JSON
+    tasks. The arguments are paths, a split of Super-NaturalInstructions, or names of benchmarks.
+
+    Raises:
+      UserError: too many arguments.
+    """
+    reader, *arguments = text.split(',')
+    if reader not in READERS:
+        return {'reader': 'json', 'path': text}
+    if reader == 'benchmarks':
+        return {'reader': reader, 'names': tuple(arguments)}
+    names = _ARGUMENTS.get(reader, ())
+    if len(arguments) > len(names):
+        known = ','.join([reader, *map(str.upper, names)])
+        raise UserError(f'name the tasks as {known}, not {text!r}')
+    return {'reader': reader, **dict(zip(names, arguments, strict=False))}
+
+
+def read(source: Mapping[str, Any]) -> list[Task]:
+    """The tasks of a source {reader, and its arguments}.
+
+    Raises:
+      UserError: unknown reader or argument, a library that is missing, or what the reader raises.
+    """
+    reader = readers.bind(READERS, source, 'tasks')
+    try:
+        return reader()
+    except ImportError as error:
+        raise UserError(
+            f'{source["reader"]} tasks need {error.name}: pip install "hyperlora[tasks]"'
+        ) from error
+
+
 def collect(config: ConfigDict) -> Collection:
     """Reads the tasks of a config {sources: [{reader, held_out, weight, ...}]}.
 
@@ -133,12 +177,7 @@ def collect(config: ConfigDict) -> Collection:
         weight = arguments.pop('weight', 1.0)
         if not weight > 0:
             raise UserError(f'the weight of a source of tasks must be positive, not {weight}')
-        try:
-            found = readers.bind(READERS, arguments, 'tasks')()
-        except ImportError as error:
-            raise UserError(
-                f'{reader} tasks need {error.name}: pip install "hyperlora[tasks]"'
-            ) from error
+        found = read(arguments)
         if missing := names - {task.name for task in found}:
             raise UserError(
                 f'held-out tasks that the reader {reader!r} did not find: '

@@ -7,6 +7,7 @@ reads its input at all.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 import string
 import time
@@ -16,19 +17,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from hyperlora import trained
+from hyperlora import lora_table, trained
 from hyperlora.errors import UserError
 from hyperlora.evaluation import plots, record
-from hyperlora.generation import answer, bucket
+from hyperlora.evaluation.methods import methods_of, public
+from hyperlora.generation import answer, answer_in_batches, bucket
 from hyperlora.lora import Lora
-from hyperlora.lora_table import entries
 from hyperlora.models.base import BaseModel
+from hyperlora.models.embedders import MAX_CHARACTERS
 from hyperlora.trained import Trained
-from t2l.collections import READERS, SAME_TASK
+from t2l import collections
+from t2l.collections import SAME_TASK
 from t2l.specialize import Specializer
 from t2l.tasks import Example, Task, check_descriptions, field, parse
 
-_ROWS = 64  # prompts per batch
+_ROWS = 64  # LoRAs in one call
 
 
 def exact_match(answer: str, example: Example) -> bool:
@@ -63,51 +66,46 @@ class Methods:
           per_task: a `LoraTable` of an entry per task.
         """
         self.specializer, self.tasks = specializer, tasks
-        self.tables = {'multitask': multitask, 'per_task': per_task}
+        self._known = set(specializer.trained.config.data.tasks)
+        self._tables = {'multitask': multitask, 'per_task': per_task}
 
     @property
     def base(self) -> BaseModel:
         return self.specializer.trained.base
 
     def _table(self, name: str) -> Trained:
-        table = self.tables[name]
+        table = self._tables[name]
         if table is None:
             raise UserError(f'this method needs --config.{name}=CHECKPOINT (configs/t2l.py:{name})')
         return table
 
+    def _loras(self) -> tuple[list[str], Trained]:
+        """The LoRAs per task, and the names of their tasks."""
+        table = self._table('per_task')
+        names = list(table.config.data.tasks)
+        if (count := table.config.hypernetwork.shape.entries) != len(names):
+            raise UserError(f'--config.per_task has {count} LoRAs, but {len(names)} tasks')
+        return names, table
+
+    def _room(self, examples: Sequence[Example]) -> int:
+        """Tokens of the longest accepted answer, and a few: what goes on after them is wrong."""
+        encode = self.base.tokenizer.encode
+        return bucket(max(len(encode(text)) for e in examples for text in e.outputs) + 3, 8)
+
     def _answer(
         self, examples: Sequence[Example], lora: Lora | None = None, before='', after=''
     ) -> list[str]:
-        """Answers, with text before and after each input; a LoRA of one row serves all examples, of
-        more rows one each.
-
-        No more tokens are generated than the longest accepted answer has, and a few: what goes on
-        after them is wrong anyway.
-        """
-        tokenizer = self.base.tokenizer
-        tokens = [tokenizer.prompt(f'{before}{e.input}{after}') for e in examples]
-        longest = max(len(tokenizer.encode(text)) for e in examples for text in e.outputs)
-        limit = bucket(longest + 3, 8)
-        texts: list[str] = []
-        for start in range(0, len(tokens), _ROWS):
-            batch = tokens[start : start + _ROWS]
-            own = lora
-            if lora is not None and lora.rows > 1:
-                rows = slice(start, start + _ROWS)
-                own = lora.replace(pairs=jax.tree.map(lambda x, r=rows: x[:, r], lora.pairs))
-            if own is None or own.rows == 1:  # powers of two, so that shapes are few
-                size = 1 << (len(batch) - 1).bit_length()
-                batch = batch + batch[-1:] * (size - len(batch))
-            texts += answer(self.base, batch, limit, own)[: len(tokens) - start]
-        return texts
+        """Answers with a LoRA of one row, with text before and after each input."""
+        prompts = [self.base.tokenizer.prompt(f'{before}{e.input}{after}') for e in examples]
+        return answer_in_batches(self.base, prompts, self._room(examples), lora)
 
     def _described(self, description: str, examples: Sequence[Example]) -> list[str]:
         return self._answer(examples, self.specializer([description]))
 
-    def description(self, task: Task, seed: int) -> str:
+    def _description(self, task: Task, seed: int) -> str:
         """One that was not trained on, where there is one: of a task that was not, any."""
         texts = task.test_descriptions
-        if not texts or task.name not in self.specializer.trained.config.data.tasks:
+        if not texts or task.name not in self._known:
             texts = task.descriptions + task.test_descriptions
         order = np.random.default_rng([*task.name.encode()]).permutation(len(texts))
         return texts[order[seed % len(texts)]]
@@ -118,12 +116,12 @@ class Methods:
 
     def description_in_prompt(self, task, seed, examples) -> list[str]:
         """The base model with description and input."""
-        return self._answer(examples, before=f'{self.description(task, seed)}\n\n')
+        return self._answer(examples, before=f'{self._description(task, seed)}\n\n')
 
-    def three_shot(self, task, seed, examples) -> list[str]:
+    def three_shot(self, task, seed, examples) -> list[str] | None:
         """The base model with three training examples and the input."""
         if len(task.train) < 3:
-            raise UserError(f'the method three_shot needs three training examples of {task.name!r}')
+            return None
         rng = np.random.default_rng((seed, len(task.train)))
         chosen = [task.train[i] for i in rng.choice(len(task.train), 3, replace=False)]
         shots = ''.join(f'Input: {e.input}\nOutput: {e.output}\n\n' for e in chosen)
@@ -131,30 +129,29 @@ class Methods:
 
     def t2l(self, task, seed, examples) -> list[str]:
         """The LoRA of the description; the input alone in the prompt."""
-        return self._described(self.description(task, seed), examples)
+        return self._described(self._description(task, seed), examples)
 
     def known_description(self, task, seed, examples) -> list[str] | None:
         """The LoRA of a description that was trained on: what is lost by compression alone."""
-        if task.name not in self.specializer.trained.config.data.tasks or not task.descriptions:
+        if task.name not in self._known or not task.descriptions:
             return None
         return self._described(task.descriptions[seed % len(task.descriptions)], examples)
 
     def multitask(self, task, seed, examples) -> list[str]:
         """One LoRA trained on all tasks."""
-        return self._answer(examples, entries(self._table('multitask'), 0))
+        return self._answer(examples, lora_table.single(self._table('multitask')))
 
     def per_task(self, task, seed, examples) -> list[str] | None:
         """The LoRA trained on this task alone: the oracle."""
-        table = self._table('per_task')
-        names = list(table.config.data.tasks)
+        names, table = self._loras()
         if task.name not in names:
             return None
-        return self._answer(examples, entries(table, names.index(task.name)))
+        return self._answer(examples, lora_table.entries(table, names.index(task.name)))
 
     def average(self, task, seed, examples) -> list[str]:
         """The mean of A and of B over the LoRAs of all tasks."""
-        table = self._table('per_task')
-        loras = entries(table, *range(len(table.config.data.tasks)))
+        names, table = self._loras()
+        loras = lora_table.entries(table, *range(len(names)))
         mean = jax.tree.map(lambda x: x.mean(1, keepdims=True), loras.pairs)
         return self._answer(examples, loras.replace(pairs=mean))
 
@@ -168,28 +165,33 @@ class Methods:
         if not others:
             raise UserError('the method other_description needs a second task')
         rng = np.random.default_rng((seed, *task.name.encode()))
-        return self._described(self.description(others[rng.integers(len(others))], seed), examples)
+        return self._described(self._description(others[rng.integers(len(others))], seed), examples)
 
     def gibberish(self, task, seed, examples) -> list[str]:
         """Control: the LoRA of random letters."""
         return self._described(gibberish(np.random.default_rng(seed)), examples)
 
-    def empty(self, task, seed, examples) -> list[str]:
-        """Control: the LoRA of no text at all."""
+    def empty(self, task, seed, examples) -> list[str] | None:
+        """Control: the LoRA of no text at all, if the embedder has tokens of its own around it."""
         embedder = self.specializer.trained.hypernetwork.encoder
-        lora = self.specializer.from_embeddings(embedder.embed([embedder.encode('')]))
-        return self._answer(examples, lora)
+        if not (tokens := embedder.encode('')):
+            return None
+        return self._answer(examples, self.specializer.from_embeddings(embedder.embed([tokens])))
 
-    def hyperdecoder(self, task, seed, examples) -> list[str]:
+    def hyperdecoder(self, task, seed, examples) -> list[str] | None:
         """The LoRA of each input itself (after Ivison and Peters, 2022)."""
-        return self._answer(examples, self.specializer([e.input for e in examples]))
+        inputs = [e.input for e in examples]
+        if max(map(len, inputs)) > MAX_CHARACTERS:
+            return None
+        texts: list[str] = []
+        for start in range(0, len(inputs), _ROWS):
+            now = inputs[start : start + _ROWS]
+            prompts = list(map(self.base.tokenizer.prompt, now))
+            texts += answer(self.base, prompts, self._room(examples), self.specializer(now))
+        return texts
 
 
-METHODS: dict[str, Callable[..., list[str] | None]] = {
-    name: method
-    for name, method in vars(Methods).items()
-    if callable(method) and not name.startswith('_') and name != 'description'
-}
+METHODS: dict[str, Callable[..., list[str] | None]] = public(Methods)
 # What they answer does not depend on the seed.
 _SEEDLESS = ('zero_shot', 'multitask', 'per_task', 'average', 'empty', 'hyperdecoder')
 
@@ -205,16 +207,10 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     Raises:
       UserError: bad tasks, unknown methods, a checkpoint that does not read descriptions.
     """
-    # The command line gives a,b as one text.
-    names = [name for text in config.methods for name in text.split(',')]
-    unknown = set(names) - METHODS.keys()
-    if unknown:
-        raise UserError(
-            f'unknown methods {", ".join(sorted(unknown))}; known: {", ".join(METHODS)}'
-        )
+    names = methods_of(config.methods, METHODS)
     if config.limit < 0 or config.seeds < 1:
         raise UserError('limit must not be negative, seeds must be positive')
-    specializer = Specializer(trained.load(checkpoint))
+    specializer = Specializer(trained.load(checkpoint, quantization=config.base_quantization))
     seen = set(specializer.trained.config.data.tasks)
     tables = {
         name: trained.load(config[name], specializer.trained.base).require('lora_table')
@@ -230,6 +226,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     if not tasks:
         raise UserError('no tasks to evaluate on')
     path = workdir / 'metrics.json'
+    keys = ('tasks', 'generated', 'only', 'descriptions', 'limit', 'seeds', 'base_quantization')
     metrics = record.resume(
         path,
         {
@@ -237,7 +234,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
             'weights': record.digest(specializer.trained.params),
             'methods': names,
             'tables': {k: t and record.digest(t.params) for k, t in tables.items()},
-            **{k: config[k] for k in ('tasks', 'limit', 'seeds')},
+            **{key: config[key] for key in keys},
         },
         {'exact_match': {}, 'seen': [], 'counts': {}, 'seconds': {}},
     )
@@ -245,7 +242,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     todo = [task for task in tasks if task.name not in metrics['exact_match']]
     begun = time.perf_counter()
     for done, task in enumerate(todo, start=1):
-        examples = task.test[: config.limit or None]
+        examples = list(itertools.islice(task.test, config.limit or None))
         scores, seconds = {}, {}
         for name in names:
             start = time.perf_counter()
@@ -283,9 +280,9 @@ def _tasks(config: ConfigDict) -> list[Task]:
     Raises:
       UserError: one has no description or no test example, or two have one name.
     """
-    tasks = READERS['json'](config.tasks) if config.tasks else []
+    tasks = collections.read(collections.source(config.tasks)) if config.tasks else []
     if config.generated:
-        tasks += READERS['generated']()
+        tasks += collections.read({'reader': 'generated'})
     path = pathlib.Path(config.descriptions)
     given = parse(path) if config.descriptions else {}
     found = {}

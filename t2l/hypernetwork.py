@@ -177,6 +177,8 @@ class TextToLora(nn.Module):
                 return whole / shrink**0.5
             return jnp.where(jnp.arange(outputs) < c.rank * i, whole, 0)
 
+        if c.head_init not in ('lora', 'zero', 'random'):
+            raise UserError(f'unknown head_init {c.head_init!r}; known: lora, zero, random')
         zeros = nn.initializers.zeros
         settings = {
             'use_bias': c.head_init == 'lora' or (c.head_init == 'random' and not c.z_score),

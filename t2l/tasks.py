@@ -127,7 +127,8 @@ def check_descriptions(descriptions: Sequence[Any], place: str) -> tuple[str, ..
 def check_examples(
     entries: Iterable[Any], place: str, taken: dict[str, tuple[str, ...]] | None = None
 ) -> tuple[Example, ...]:
-    """Examples of a list of {input, output}; an output is a text or a list of accepted texts.
+    """Examples of a list of {input, output}; an output is a text or a list of accepted texts, and
+    blanks around it do not count.
 
     An input that comes again with another output is one example with several accepted outputs.
 
@@ -149,7 +150,7 @@ def check_examples(
             raise UserError(f'{here}: the input is empty')
         if not outputs or not all(isinstance(o, str) and o.strip() for o in outputs):
             raise UserError(f'{here}: an output must be text, found {entry["output"]!r}')
-        outputs = dict.fromkeys(outputs)  # annotators agree
+        outputs = dict.fromkeys(o.strip() for o in outputs)  # annotators agree
         seen = merged.setdefault(text, {})
         if outputs.keys() <= seen.keys():
             first = seen[next(iter(outputs))]

@@ -28,7 +28,7 @@ def config_from_upstream(
     base: DecoderConfig,
     embedder: str,
 ) -> dict[str, Any]:
-    """The config of a checkpoint of the original: its `hypernetwork`.
+    """The config of a checkpoint of the original: its `hypernetwork`, and that no task is known.
 
     Args:
       args: contents of args.yaml.
@@ -89,6 +89,7 @@ def config_from_upstream(
                 'output_scale': delta_scaling**-0.5 if recon and not factorized else 1.0,
             },
         },
+        'data': {'tasks': ()},  # those that it was trained on go by other names there
     }
 
 

@@ -305,7 +305,11 @@ def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
     settings['config_multitask'] = tmp_path / 'one'
     settings['config_per_task'] = task_checkpoint
     assert_mistake(command('evaluate', **settings), 'text_to_lora; a lora_table is needed')
-    settings['config_per_task'] = tmp_path / 'table'
+    settings['config_per_task'] = tmp_path / 'one'
+    assert_mistake(command('evaluate', **settings), 'per_task has 1 LoRAs, but 2 tasks')
+    settings['config_multitask'] = settings['config_per_task'] = tmp_path / 'table'
+    assert_mistake(command('evaluate', **settings), 'has 2 LoRAs; one for all')
+    settings['config_multitask'] = tmp_path / 'one'
     code, out, err = command('evaluate', **settings)
     assert code == 0, err
     metrics = json.loads((tmp_path / 'plain/metrics.json').read_text())
@@ -507,7 +511,7 @@ def test_other_mistakes(command, document, tmp_path):
     assert_mistake(command('quickstart', image=document), f'{document}', 'not an image')
     assert_mistake(command('ask', adapter=tmp_path, question='Who?'), 'adapter_config.json')
     assert_mistake(
-        command('export', workdir=tmp_path, output=tmp_path / 'out'), 'no complete checkpoint'
+        command('export', workdir=tmp_path, output=tmp_path / 'out'), 'unknown checkpoint'
     )
     assert_mistake(
         command('evaluate', config='configs/d2l_niah.py:tiny', workdir=tmp_path),

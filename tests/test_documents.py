@@ -87,6 +87,34 @@ def test_text_is_cut_between_paragraphs(tmp_path):
     ]
 
 
+def test_long_paragraphs_are_cut_at_lines_and_sentences(tmp_path):
+    """HTML and PDF have no blank lines between paragraphs, and files of Windows other line ends."""
+    lines = ['One line is here. Another sentence.', 'A second line!']
+    (tmp_path / 'A.TXT').write_bytes('\r\n'.join(lines).encode())
+    found = list(documents.read_text(str(tmp_path), characters=40))
+    assert [document.text for document in found] == lines
+    found = list(documents.read_text(str(tmp_path), characters=20))
+    assert [document.text for document in found] == [
+        'One line is here.',
+        'Another sentence.',
+        'A second line!',
+    ]
+    (tmp_path / 'A.TXT').write_bytes('\r\n\r\n'.join(lines).encode())
+    assert len(list(documents.read_text(str(tmp_path), characters=45))) == 2
+
+
+def test_lines_of_json_end_at_line_feeds_only(tmp_path):
+    path = write(tmp_path / 'a.jsonl', '{"text": "a\u2028b"}\n{"text": "c"}\n')
+    assert [document.text for document in documents.read_jsonl(path)] == ['a\u2028b', 'c']
+
+
+def test_articles_without_a_title(tmp_path):
+    paragraph = {'context': 'Text.', 'qas': []}
+    articles = [{'paragraphs': [paragraph]}] * 2
+    path = write(tmp_path / 'a.json', json.dumps({'data': articles}))
+    assert [d.name for d in documents.read_squad(path)] == ['0/0', '1/0']
+
+
 @pytest.mark.parametrize(
     'reader, content, message',
     [
@@ -96,6 +124,10 @@ def test_text_is_cut_between_paragraphs(tmp_path):
         ('jsonl', '{"text": "a"}\n{"text"', ':2: not valid JSON'),
         ('jsonl', '{"text": "a"}\n{"title": "b"}', ':2: no text under'),
         ('jsonl', '{"text": "a", "questions": ["b"], "answers": []}', '1 questions, but 0 answers'),
+        ('jsonl', '{"text": "a", "question": "b", "answers": 4}', 'a text or a list of texts'),
+        ('jsonl', '{"text": "a", "questions": ["b"], "answers": [[4]]}', 'a list of texts'),
+        ('jsonl', '{"text": "a", "questions": ["b"], "answers": "c"}', 'answers must be a list'),
+        ('jsonl', '{"text": "a", "questions": "b?"}', ':1: questions must be a list of texts'),
         ('jsonl', '["a"]', ':1: not a JSON object'),
         ('jsonl', '{"text": " "}', "'1' is empty"),
         ('jsonl', '{"text": "a", "id": 1}\n{"text": "b", "id": 1}', "two documents are named '1'"),
@@ -118,6 +150,9 @@ def test_bad_sources(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             documents.read([source])
+    (tmp_path / 'a.json').write_bytes(b'{"data": "\xff"}')
+    with pytest.raises(UserError, match='not UTF-8'):
+        documents.read([{'reader': 'squad', 'path': str(tmp_path / 'a.json')}])
 
 
 # --------------------------------------------------------------------------------------- facts
@@ -553,12 +588,15 @@ def test_records_that_do_not_serve(tmp_path):
         DocumentGroups(source, ConfigDict({**CONFIG, 'context_tokens': (2, 4)}), 0, 1)
     with pytest.raises(UserError, match='stored. or .online'):
         DocumentGroups(source, ConfigDict({**CONFIG, 'teacher': 'none'}), 0, 1)
+    with pytest.raises(UserError, match='no question .* raise data.query_tokens, data.answer_tok'):
+        DocumentGroups(source, ConfigDict({**CONFIG, 'answer_tokens': 1}), 0, 1)[0]
 
 
 def write_records(folder, made, base, settings):
     folder.mkdir()
     meta = {
         'base_fingerprint': base.fingerprint,
+        'encoder_fingerprint': base.fingerprint,
         'config': {'settings': dataclasses.asdict(settings)},
     }
     assert records.write_shard(records.shard_path(folder, 0, 1), made, meta) > 0
@@ -588,6 +626,8 @@ def test_generated_answers_need_an_opinion(tmp_path, tiny):
         docs.build(config, tiny, tiny, 0, 1)
     config.teacher = 'online'
     docs.build(config, tiny, tiny, 0, 1)
+    with pytest.raises(UserError, match='holds contexts for the encoder .*, not for other'):
+        docs.build(config, tiny, dataclasses.replace(tiny, fingerprint='other'), 0, 1)
 
 
 def test_an_answer_without_an_opinion_is_certain():
@@ -629,6 +669,8 @@ def test_readings(tmp_path, tiny):
             assert (text, tuple(labels[of == segment].tolist())) in known
     with pytest.raises(UserError, match='no document of fewer than 3 tokens'):
         reading.build(ConfigDict({**config, 'row_tokens': 3}), tiny, tiny, 3, 2)
+    with pytest.raises(UserError, match='no question with its document fits into 32 tokens'):
+        reading.build(ConfigDict({**config, 'row_labels': 0}), tiny, tiny, 3, 2)[0]
 
 
 def test_questions_of_passages():

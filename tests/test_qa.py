@@ -214,6 +214,16 @@ def test_every_method_answers(monkeypatch, model, reader, data, tmp_path):
         assert (tmp_path / 'out' / plot).stat().st_size > 1000
 
 
+def test_a_document_of_one_token_teaches_nothing(monkeypatch, model, reader, tmp_path):
+    assert len(model.base.tokenizer.encode('a')) == 1
+    data = tmp_path / 'data.jsonl'
+    data.write_text(json.dumps({'context': 'a', 'question': 'Cats?', 'answers': 'x'}))
+    config = config_of(data, methods=('finetuned', 'no_context'), reader='reader')
+    metrics = run(monkeypatch, model, reader, config, tmp_path / 'out')
+    own = metrics['documents']['1']['methods']
+    assert own['finetuned/1']['answers'] == own['no_context']['answers']
+
+
 def test_answers_are_those_of_the_loras(monkeypatch, model, reader, data, tmp_path):
     methods = ('d2l', 'd2l_other', 'no_context', 'untuned_in_context', 'in_context')
     config = config_of(data, methods=methods, reader='reader', limit=2)
@@ -302,6 +312,9 @@ def test_retrieval_takes_the_chunk_that_fits(model):
         ({'data': ''}, 'name the documents as READER,PATH'),
         ({'data': 'missing.jsonl'}, 'cannot read it'),
         ({'methods': ('d2l_other',), 'limit': 1}, 'needs a second document'),
+        ({'steps': (2, 1)}, 'steps must be positive numbers that rise'),
+        ({'retrieved_tokens': 0}, 'retrieved_tokens must be a positive number'),
+        ({'limit': -1}, 'must not be negative'),
     ],
 )
 def test_bad_settings(monkeypatch, model, data, tmp_path, changes, message):
