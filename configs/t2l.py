@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from hyperlora.errors import UserError
 from t2l.collections import collect
 
-# Packed rows that a per-task LoRA sees of its task: as many as `smollm2` with all its tasks.
+# Packed rows that a per-task LoRA sees of its task: about 170 examples.
 _VISITS = 86
 
 # Tasks to hold out as a whole, by reader. Each has near relatives that are trained on (first and
@@ -159,8 +159,8 @@ def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> C
                 'name': 'tasks',
                 'steps': steps,
                 'description_noise': 0.0,  # see t2l.data.describe
-                'max_tokens': 512,  # longer examples are left out
-                # Rows are filled with examples of one task.
+                'before': '',  # answers
+                # Rows are filled with examples of one task; what fits into none is left out.
                 'row_tokens': 512,
                 'row_labels': 256,
                 'sources': _sources(folder),
@@ -184,7 +184,7 @@ def _smollm2(folder: str) -> ConfigDict:
     config.objective.label_smoothing = 0.0
     # Many tasks a step, with about two examples each: what tells tasks apart is learned sooner.
     config.groups = 16
-    config.data.update({'max_tokens': 40, 'row_tokens': 40, 'row_labels': 20})
+    config.data.update({'before': ' ', 'row_tokens': 40, 'row_labels': 20})
     config.data.description_noise = 0.3
     _steps(config, 800)
     config.optimizer.update(

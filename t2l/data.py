@@ -22,9 +22,12 @@ from t2l.collections import collect
 from t2l.tasks import Example, Task
 
 
-def tokenize(example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """(prompt, answer with the end of the turn) of an example."""
-    return tokenizer.prompt(example.input), [*tokenizer.encode(example.output), tokenizer.eos_id]
+def tokenize(
+    example: Example, tokenizer: Tokenizer, before: str = ''
+) -> tuple[list[int], list[int]]:
+    """(prompt, answer with the end of the turn) of an example, with text before the answer."""
+    answer = tokenizer.encode(before + example.output)
+    return tokenizer.prompt(example.input), [*answer, tokenizer.eos_id]
 
 
 class TaskGroups:
@@ -44,9 +47,12 @@ class TaskGroups:
         seed: int,
         groups_per_step: int,
     ):
-        """Tokenizes all training examples of at most `config.max_tokens` tokens.
+        """Tokenizes all training examples that fit into a row.
 
         Args:
+          config: `row_tokens` and `row_labels`; `description_noise`, see `describe`;
+            `before`, text before answers: after a space the tokens of a word are those that it has
+            in a list or a sentence, so that it can be copied.
           weights: how often each task is drawn, in proportion.
           embeddings: of the training descriptions of each task, `[descriptions, e]`.
 
@@ -62,17 +68,18 @@ class TaskGroups:
             )
         self.examples = []
         for task in tasks:
-            pairs = [tokenize(example, tokenizer) for example in task.train]
+            pairs = [tokenize(example, tokenizer, config.before) for example in task.train]
             pairs = [
                 (prompt, answer)
                 for prompt, answer in pairs
-                if len(prompt) + len(answer) <= config.max_tokens
+                if len(prompt) + len(answer) <= config.row_tokens
                 and len(answer) <= config.row_labels
             ]
             if not pairs:
                 raise UserError(
-                    f'task {task.name!r} has no training example of at most {config.max_tokens} '
-                    'tokens: leave it out or raise config.data.max_tokens'
+                    f'task {task.name!r} has no training example of at most {config.row_tokens} '
+                    f'tokens and an answer of at most {config.row_labels}: leave it out, or raise '
+                    'config.data.row_tokens or row_labels'
                 )
             self.examples.append(pairs)
 

@@ -312,7 +312,10 @@ def task(name, inputs):
 TASKS = tuple(task(f'task {i}', [f'{chr(97 + i)}{"x" * n}' for n in range(1, 9)]) for i in range(5))
 EVEN = (1,) * len(TASKS)
 SETTINGS = ConfigDict(
-    {'max_tokens': 30, 'row_tokens': 48, 'row_labels': 24, 'steps': 4, 'description_noise': 0.0}
+    {
+        **{'before': ' ', 'row_tokens': 48, 'row_labels': 24, 'steps': 4},
+        'description_noise': 0.0,
+    }
 )
 
 
@@ -343,14 +346,15 @@ def test_groups_are_packed_rows_of_one_task():
             labels = query['labels'][own]
             assert labels[-1] == tokenizer.eos_id
             answer = tokenizer.decode(labels[:-1])
-            prompt = tokenizer.prompt(answer.lower())
+            assert answer[0] == ' ' and answer[1:].isupper()
+            prompt = tokenizer.prompt(answer[1:].lower())
             np.testing.assert_array_equal(
                 query['tokens'][here], [*prompt, *tokenizer.encode(answer)]
             )
             # Each label stands where the token before it is read.
             first = query['label_positions'][own][0]
             assert query['tokens'][first] == prompt[-1]
-            texts.append(answer.lower())
+            texts.append(answer[1:].lower())
         assert len(set(texts)) == count
         known = {e.input for e in TASKS[int(number)].train}
         assert set(texts) <= known  # never the test example
@@ -411,7 +415,7 @@ def test_packed_rows_give_the_loss_of_separate_ones():
 
 def test_bad_settings_of_the_data():
     with pytest.raises(UserError, match="task 'task 0' has no training example of at most 3"):
-        groups(max_tokens=3)
+        groups(row_tokens=3)
     with pytest.raises(UserError, match='5 tasks to train on; a step has 6'):
         groups(per_step=6)
 
