@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs.t2l import HELD_OUT
 from hyperlora.errors import UserError
-from t2l import benchmarks, generated, records, tasks
+from t2l import benchmarks, collections, generated, records, tasks
 from t2l.collections import SAME_TASK, collect
 from t2l.tasks import Example
 
@@ -920,3 +920,26 @@ def test_shared_tasks():
             assert described.setdefault(normal(text), task.name) == task.name, text
         trained = {example.input for example in task.train}
         assert not any(example.input in trained for example in task.test)
+
+
+@pytest.mark.parametrize(
+    'text, wanted',
+    [
+        ('tasks/mine', {'reader': 'json', 'path': 'tasks/mine'}),
+        ('json,a', {'reader': 'json', 'path': 'a'}),
+        ('benchmarks', {'reader': 'benchmarks', 'names': ()}),
+        ('benchmarks,boolq,piqa', {'reader': 'benchmarks', 'names': ('boolq', 'piqa')}),
+        (
+            'natural_instructions,a,default/test_tasks',
+            {'reader': 'natural_instructions', 'path': 'a', 'split': 'default/test_tasks'},
+        ),
+        ('parametric', {'reader': 'parametric'}),
+    ],
+)
+def test_collections_on_the_command_line(text, wanted):
+    assert collections.source(text) == wanted
+
+
+def test_too_much_on_the_command_line():
+    with pytest.raises(UserError, match='name the tasks as records,PATH, not'):
+        collections.source('records,a,b')
