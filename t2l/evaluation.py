@@ -183,11 +183,11 @@ class Methods:
         inputs = [e.input for e in examples]
         if max(map(len, inputs)) > MAX_CHARACTERS:
             return None
-        texts: list[str] = []
+        room, texts = self._room(examples), []
         for start in range(0, len(inputs), _ROWS):
             now = inputs[start : start + _ROWS]
             prompts = list(map(self.base.tokenizer.prompt, now))
-            texts += answer(self.base, prompts, self._room(examples), self.specializer(now))
+            texts += answer(self.base, prompts, room, self.specializer(now))
         return texts
 
 
@@ -285,6 +285,8 @@ def _tasks(config: ConfigDict) -> list[Task]:
         tasks += collections.read({'reader': 'generated'})
     path = pathlib.Path(config.descriptions)
     given = parse(path) if config.descriptions else {}
+    if not isinstance(given, dict):
+        raise UserError(f'{path}: it must map names of tasks to lists of descriptions')
     found = {}
     for task in tasks:
         if task.name in found:

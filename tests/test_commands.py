@@ -279,8 +279,10 @@ def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
         'config_seeds': 1,
     }
     assert_mistake(command('evaluate', **settings), 'shout', '--config.descriptions')
-    (tmp_path / 'given.yaml').write_text('shout: [Say it in capitals.]')
     settings['config_descriptions'] = tmp_path / 'given.yaml'
+    (tmp_path / 'given.yaml').write_text('')
+    assert_mistake(command('evaluate', **settings), 'given.yaml: it must map names of tasks')
+    (tmp_path / 'given.yaml').write_text('shout: [Say it in capitals.]')
     assert_mistake(command('evaluate', **settings), 'other_description', 'a second task')
     whisper = {**task, 'name': 'whisper', 'descriptions': ['Say it softly.', 'Whisper it.']}
     (tmp_path / 'tasks/whisper.json').write_text(json.dumps(whisper))

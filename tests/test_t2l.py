@@ -312,10 +312,7 @@ def task(name, inputs):
 TASKS = tuple(task(f'task {i}', [f'{chr(97 + i)}{"x" * n}' for n in range(1, 9)]) for i in range(5))
 EVEN = (1,) * len(TASKS)
 SETTINGS = ConfigDict(
-    {
-        **{'before': ' ', 'row_tokens': 48, 'row_labels': 24, 'steps': 4},
-        'description_noise': 0.0,
-    }
+    {'before': ' ', 'row_tokens': 48, 'row_labels': 24, 'steps': 4, 'description_noise': 0.0}
 )
 
 
