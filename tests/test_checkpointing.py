@@ -1,6 +1,8 @@
 """Checkpoints: exact resume, kills, damage, foreign and changed runs; exports."""
 
+import concurrent.futures
 import contextlib
+import multiprocessing
 import os
 import re
 import resource
@@ -157,11 +159,18 @@ def _full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_named_and_the_checkpoint_before_remains(saved):
-    checkpointer = _open(saved)
-    with _full_disk(), pytest.raises(UserError) as error:
+def _save_on_a_full_disk(directory):
+    checkpointer = _open(directory)
+    with _full_disk():
         checkpointer.save(6, _state(), META)
         checkpointer.wait()
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_remains(saved):
+    # In a process of its own, as in a run: what is still being written ends with it.
+    one = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))
+    with one, pytest.raises(UserError) as error:
+        one.submit(_save_on_a_full_disk, saved).result()
     message = str(error.value)
     assert re.search(f'host 0 .* cannot write a checkpoint to {saved} .*step 4 is intact', message)
     checkpointer = _open(saved)
