@@ -159,6 +159,7 @@ def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> C
                 'name': 'tasks',
                 'steps': steps,
                 'description_noise': 0.0,  # see t2l.data.describe
+                'gibberish': 0.0,  # share of groups that describe no task; see t2l.data
                 'before': '',  # answers
                 # Rows are filled with examples of one task; what fits into none is left out.
                 'row_tokens': 512,
@@ -185,7 +186,7 @@ def _smollm2(folder: str) -> ConfigDict:
     # Many tasks a step, with about two examples each: what tells tasks apart is learned sooner.
     config.groups = 16
     config.data.update({'before': ' ', 'row_tokens': 40, 'row_labels': 20})
-    config.data.description_noise = 0.3
+    config.data.update({'description_noise': 0.3, 'gibberish': 0.05})
     _steps(config, 800)
     config.optimizer.update(
         {'learning_rate': 1e-4, 'end_learning_rate': 1e-6, 'warmup_steps': 20, 'b2': 0.98}
@@ -219,6 +220,7 @@ def _multitask(folder: str) -> ConfigDict:
         }
     )
     config.objective.l2 = 0.0
+    config.data.gibberish = 0.0
     config.optimizer.learning_rate = 5e-4
     return config
 

@@ -4,10 +4,14 @@ Axes: e embedding width, t query tokens, k labels.
 
 Sampling is hierarchical, as in Text-to-LoRA (arXiv 2506.06105): first tasks, by their weights, then
 examples and a description of each. Everything follows from (seed, index).
+
+Some groups, not in the paper, have random letters as description and as answers what the base model
+says by itself: a text that describes no task shall leave the model as it is.
 """
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,11 +19,15 @@ from ml_collections import ConfigDict
 
 from hyperlora.data.packing import pack
 from hyperlora.errors import UserError
+from hyperlora.generation import answer_in_batches
 from hyperlora.models.base import BaseModel
 from hyperlora.models.embedders import Embedder
 from hyperlora.models.tokenizers import Tokenizer
 from t2l.collections import collect
 from t2l.tasks import Example, Task
+
+_NONSENSE = 512  # texts of random letters, and at most so many inputs that go with them
+_SAID = 12  # tokens of what the base model says to an input
 
 
 def tokenize(
@@ -46,21 +54,24 @@ class TaskGroups:
         config: ConfigDict,
         seed: int,
         groups_per_step: int,
+        nonsense: tuple[np.ndarray, list[tuple[list[int], list[int]]]] | None = None,
     ):
         """Tokenizes all training examples that fit into a row.
 
         Args:
-          config: `row_tokens` and `row_labels`; `description_noise`, see `describe`;
+          config: `row_tokens` and `row_labels`; `description_noise`, see `describe`; `gibberish`;
             `before`, text before answers: after a space the tokens of a word are those that it has
             in a list or a sentence, so that it can be copied.
           weights: how often each task is drawn, in proportion.
           embeddings: of the training descriptions of each task, `[descriptions, e]`.
+          nonsense: embeddings `[texts, e]` of what describes no task, and (prompt, answer) pairs of
+            the base model as it is; they take the place of the share `config.gibberish` of groups.
 
         Raises:
           UserError: fewer tasks than a step has, or a task without an example that fits.
         """
         self.config, self.embeddings = config, embeddings
-        self.seed, self.groups_per_step = seed, groups_per_step
+        self.seed, self.groups_per_step, self.nonsense = seed, groups_per_step, nonsense
         self.weights = np.divide(weights, sum(weights))
         if len(tasks) < groups_per_step:
             raise UserError(
@@ -94,8 +105,10 @@ class TaskGroups:
         )
         task = drawn[group]
         rng = np.random.default_rng((self.seed, 1, index))
-        embedding = describe(rng, self.embeddings[task], self.config.description_noise)
-        examples = self.examples[task]
+        embeddings, examples = self.embeddings[task], self.examples[task]
+        if self.nonsense and rng.random() < self.config.gibberish:
+            embeddings, examples = self.nonsense
+        embedding = describe(rng, embeddings, self.config.description_noise)
         pairs = (examples[i] for i in rng.permutation(len(examples)))
         query = pack(pairs, self.config.row_tokens, self.config.row_labels)
         context = {'embedding': embedding[None], 'task': np.asarray([task], np.int32)}
@@ -143,13 +156,51 @@ def build(
     collection = collect(config)
     tasks = collection.train
     config.tasks = tuple(task.name for task in tasks)
+    nonsense = None
     if isinstance(encoder, Embedder):
         embeddings = embed(encoder, tasks)
+        if config.gibberish:
+            rng = np.random.default_rng((seed, 2))
+            texts = [gibberish(rng) for _ in range(_NONSENSE)]
+            nonsense = encoder(texts), unaided(base, tasks, config)
     else:  # the hypernetwork knows tasks by their numbers
         embeddings = [np.zeros((1, 1), np.float32)] * len(tasks)
+    weights, tokenizer = collection.weights, base.tokenizer
     return TaskGroups(
-        tasks, collection.weights, embeddings, base.tokenizer, config, seed, groups_per_step
+        tasks, weights, embeddings, tokenizer, config, seed, groups_per_step, nonsense
     )
+
+
+def gibberish(rng: np.random.Generator) -> str:
+    """Twelve words of random letters."""
+    letters = list(string.ascii_lowercase)
+    return ' '.join(''.join(rng.choice(letters, rng.integers(2, 9))) for _ in range(12))
+
+
+def unaided(
+    base: BaseModel, tasks: Sequence[Task], config: ConfigDict
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) pairs of inputs of many tasks and what the base model begins to say to them,
+    with the end of the turn where it comes to one.
+
+    Raises:
+      UserError: no input leaves room for that in a row.
+    """
+    size = min(_SAID, config.row_labels)
+    inputs = dict.fromkeys(task.train[0].input for task in tasks)
+    prompts = [base.tokenizer.prompt(text) for text in inputs]
+    prompts = [prompt for prompt in prompts if len(prompt) + size <= config.row_tokens]
+    if not prompts:
+        raise UserError(
+            f'no input leaves room for {size} tokens of the base model: raise '
+            'config.data.row_tokens, or set config.data.gibberish=0'
+        )
+    prompts = prompts[:: -(-len(prompts) // _NONSENSE)]
+    said = map(base.tokenizer.encode, answer_in_batches(base, prompts, size))
+    return [
+        (prompt, answer[:size] if len(answer) >= size else [*answer, base.tokenizer.eos_id])
+        for prompt, answer in zip(prompts, said, strict=True)
+    ]
 
 
 def embed(encoder: Embedder, tasks: Sequence[Task]) -> list[np.ndarray]:

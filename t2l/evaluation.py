@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
-import string
 import time
 from collections.abc import Callable, Sequence
 
@@ -28,6 +27,7 @@ from hyperlora.models.embedders import MAX_CHARACTERS
 from hyperlora.trained import Trained
 from t2l import collections
 from t2l.collections import SAME_TASK
+from t2l.data import gibberish
 from t2l.specialize import Specializer
 from t2l.tasks import Example, Task, check_descriptions, field, parse
 
@@ -37,12 +37,6 @@ _ROWS = 64  # LoRAs in one call
 def exact_match(answer: str, example: Example) -> bool:
     """The answer is one of those accepted, but for white space around it."""
     return answer.strip() in example.outputs
-
-
-def gibberish(rng: np.random.Generator) -> str:
-    """Twelve words of random letters."""
-    letters = list(string.ascii_lowercase)
-    return ' '.join(''.join(rng.choice(letters, rng.integers(2, 9))) for _ in range(12))
 
 
 class Methods:

@@ -1,6 +1,7 @@
 """Text-to-LoRA: the losses of the original, the hypernetwork's start, and its training data."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,7 @@ from hyperlora.meta_learning import Learner
 from hyperlora.models.base import load_params
 from hyperlora.models.decoder import Decoder
 from hyperlora.upstream import convert
+from t2l import data as t2l_data
 from t2l.data import TaskGroups, describe
 from t2l.hypernetwork import TextToLora, TextToLoraConfig
 from t2l.tasks import Example, Task
@@ -312,15 +314,23 @@ def task(name, inputs):
 TASKS = tuple(task(f'task {i}', [f'{chr(97 + i)}{"x" * n}' for n in range(1, 9)]) for i in range(5))
 EVEN = (1,) * len(TASKS)
 SETTINGS = ConfigDict(
-    {'before': ' ', 'row_tokens': 48, 'row_labels': 24, 'steps': 4, 'description_noise': 0.0}
+    {
+        'before': ' ',
+        'row_tokens': 48,
+        'row_labels': 24,
+        'steps': 4,
+        'description_noise': 0.0,
+        'gibberish': 0.0,
+    }
 )
 
 
-def groups(per_step=3, weights=EVEN, **changes):
+def groups(per_step=3, weights=EVEN, nonsense=None, **changes):
     embeddings = [np.arange(2, dtype=np.float32)[:, None] + 10 * i for i in range(len(TASKS))]
     config = SETTINGS.copy_and_resolve_references()
     config.update(changes)
-    return TaskGroups(TASKS, weights, embeddings, tiny_base().tokenizer, config, 0, per_step)
+    tokenizer = tiny_base().tokenizer
+    return TaskGroups(TASKS, weights, embeddings, tokenizer, config, 0, per_step, nonsense)
 
 
 def test_groups_are_packed_rows_of_one_task():
@@ -364,6 +374,39 @@ def test_tasks_are_drawn_by_weight():
     drawn = [int(source[i]['context']['task'][0]) for i in range(len(source))]
     counts = np.bincount(drawn, minlength=5) / len(drawn)
     np.testing.assert_allclose(counts, [1 / 2, 1 / 6, 1 / 6, 1 / 6, 0], atol=0.08)
+
+
+def test_a_share_of_groups_describes_no_task():
+    prompt, answer = [3, 4], [5, 6, 7]
+    nonsense = np.full((2, 1), -1, np.float32), [(prompt, answer)]
+    source = groups(nonsense=nonsense, gibberish=0.2, steps=200)
+    described = [source[i]['context']['embedding'][0, 0] >= 0 for i in range(len(source))]
+    assert np.mean(described) == pytest.approx(0.8, abs=0.05)
+    query = source[described.index(False)]['query']
+    labels = query['labels'][query['label_weights'] > 0]
+    assert labels.tolist() == answer
+    tokens = query['tokens'][query['segments'] > 0]
+    assert tokens.tolist() == [*prompt, *answer[:-1]]
+
+
+def test_what_the_base_model_says_by_itself(smollm2):
+    inputs = 'Hello!', 'carry', 'Say yes.'
+    tasks = [dataclasses.replace(TASKS[0], train=(Example(text, ('',)),)) for text in inputs]
+    config = SETTINGS.copy_and_resolve_references()
+    pairs = t2l_data.unaided(smollm2, [*tasks, tasks[0]], config)
+    assert [prompt for prompt, _ in pairs] == list(map(smollm2.tokenizer.prompt, inputs))
+    ends = []
+    for prompt, answer in pairs:
+        tokens = np.asarray([[*prompt, *answer[:-1]]])
+        apply = functools.partial(Decoder(smollm2.config).apply, {'params': smollm2.params})
+        hidden = apply(tokens).hidden[0, len(prompt) - 1 :]
+        assert answer == apply(hidden, method='unembed').argmax(-1).tolist()
+        ends.append(answer[-1] == smollm2.tokenizer.eos_id)
+        assert ends[-1] or len(answer) == 12
+    assert any(ends) and not all(ends)
+    config.row_tokens = 20
+    with pytest.raises(UserError, match='no input leaves room for 12 tokens.*gibberish=0'):
+        t2l_data.unaided(smollm2, tasks, config)
 
 
 def test_described_by_a_region():
