@@ -95,6 +95,11 @@ def answer(
     Raises:
       UserError: a prompt and its answer do not fit into the base model's window.
     """
+    return _texts(base, _answer(base, prompts, max_new_tokens, lora, rank_weights))
+
+
+def _answer(base, prompts, max_new_tokens, lora=None, rank_weights=None) -> list[list[int]]:
+    """As `answer`, the ids, with the end of the turn where an answer comes to it."""
     longest = max(map(len, prompts))
     _check_window(base, longest, max_new_tokens)
     tokens = np.zeros((len(prompts), bucket(longest, 16)), np.int32)
@@ -112,9 +117,14 @@ def answer(
         None if rank_weights is None else jnp.asarray(rank_weights),
     )
     return [
-        base.tokenizer.decode(row[: np.argmax(row == eos_id)] if eos_id in row else row).lstrip()
+        (row[: np.argmax(row == eos_id) + 1] if eos_id in row else row).tolist()
         for row in np.asarray(out)
     ]
+
+
+def _texts(base: BaseModel, answers: Sequence[list[int]]) -> list[str]:
+    end = base.tokenizer.eos_id
+    return [base.tokenizer.decode([i for i in ids if i != end]).lstrip() for ids in answers]
 
 
 def _check_window(base: BaseModel, tokens: int, max_new_tokens: int) -> None:
@@ -184,23 +194,32 @@ def answer_in_batches(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     lora: Lora | None = None,
-    tokens: int = 16_384,
 ) -> list[str]:
-    """Answers in order, as by `answer`, of any number of prompts, for a LoRA of one row.
+    """Answers in order, as by `answer`, of any number of prompts, for a LoRA of one row."""
+    return _texts(base, answer_tokens(base, prompts, max_new_tokens, lora))
+
+
+def answer_tokens(
+    base: BaseModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    lora: Lora | None = None,
+    tokens: int = 16_384,
+) -> list[list[int]]:
+    """As `answer_in_batches`, the ids, with the end of the turn where an answer comes to it.
 
     Args:
       tokens: of the prompts of a batch, which bound its memory. Batches are padded to powers of
         two, so that few shapes are compiled.
     """
     most = max(tokens // bucket(max(map(len, prompts))), 1)
-    texts: list[str] = []
+    answers: list[list[int]] = []
     for start in range(0, len(prompts), most):
         batch = list(prompts[start : start + most])
         size = 1 << (len(batch) - 1).bit_length()
-        texts += answer(base, batch + batch[-1:] * (size - len(batch)), max_new_tokens, lora)[
-            : len(batch)
-        ]
-    return texts
+        padded = batch + batch[-1:] * (size - len(batch))
+        answers += _answer(base, padded, max_new_tokens, lora)[: len(batch)]
+    return answers
 
 
 @functools.partial(jax.jit, static_argnames=('decoder', 'entries'))

@@ -10,14 +10,16 @@ from absl import app, flags, logging
 
 from hyperlora.errors import UserError
 
+STOPPED = 75  # exit code of a training that was told to stop, and saved: "try again" in sysexits.h
+
 
 def run(main):
     """Runs `main(argv)` as a command: parses the flags, then exits the process.
 
     Exit codes: 0 on success; 2 after a user's mistake (a UserError, a bad flag, a bad config file
     or override, a package of an extra that is not installed), shown as one line `error: ...` on
-    stderr; 130 after Ctrl-C. Any other exception is
-    a bug and keeps its traceback. Positional arguments are refused.
+    stderr; `STOPPED`; 130 after Ctrl-C. Any other exception is a bug and keeps its traceback.
+    Positional arguments are refused.
 
     Args:
       main: callable taking argv (the program name alone, once flags are parsed).

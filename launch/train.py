@@ -2,10 +2,13 @@
 
     python -m launch.train --config=configs/NAME.py:VARIANT --workdir=DIR [--config.KEY=VALUE ...]
 
-The same command continues a run that was interrupted. The workdir, a folder or a gs:// URL,
+The same command continues a run that was interrupted; one that was sent SIGTERM saves and exits
+with 75. The workdir, a folder or a gs:// URL,
 receives checkpoints/, metrics.jsonl and TensorBoard events. With --distributed this is one of
 several processes, one per host, and the workdir one that they share; see launch/distributed.py.
 """
+
+import sys
 
 from absl import flags
 from ml_collections import config_flags
@@ -22,7 +25,10 @@ def main(_):
         workdir = cli.writable_folder(_WORKDIR.value)
         from hyperlora import meta_learning
 
-        meta_learning.train(_CONFIG.value, workdir)
+        config = _CONFIG.value
+        state = meta_learning.train(config, workdir)
+    if state.step < config.optimizer.steps:
+        sys.exit(cli.STOPPED)
 
 
 if __name__ == '__main__':

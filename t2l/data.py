@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from hyperlora.data.packing import pack
 from hyperlora.errors import UserError
-from hyperlora.generation import answer_in_batches
+from hyperlora.generation import answer_tokens
 from hyperlora.models.base import BaseModel
 from hyperlora.models.embedders import Embedder
 from hyperlora.models.tokenizers import Tokenizer
@@ -196,11 +196,7 @@ def unaided(
             'config.data.row_tokens, or set config.data.gibberish=0'
         )
     prompts = prompts[:: -(-len(prompts) // _NONSENSE)]
-    said = map(base.tokenizer.encode, answer_in_batches(base, prompts, size))
-    return [
-        (prompt, answer[:size] if len(answer) >= size else [*answer, base.tokenizer.eos_id])
-        for prompt, answer in zip(prompts, said, strict=True)
-    ]
+    return list(zip(prompts, answer_tokens(base, prompts, size), strict=True))
 
 
 def embed(encoder: Embedder, tasks: Sequence[Task]) -> list[np.ndarray]:

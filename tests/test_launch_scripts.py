@@ -322,6 +322,15 @@ def test_watch_trains_through_a_preemption(watch):
     assert calls == ['create', 'setup', 'run', 'delete', 'create', 'setup', 'run', 'delete']
 
 
+def test_watch_goes_on_with_a_training_that_was_told_to_stop(watch):
+    states = ['ACTIVE', 'SUSPENDING', 'SUSPENDED', '', 'ACTIVE']  # before the preemption shows
+    calls, _ = watch(states, ['75', '0'])
+    assert calls == ['delete', 'create', 'create', 'delete']
+    calls, errors = watch(['ACTIVE'] * 9, ['75'] * 8 + ['0'])  # by hand: no failure
+    assert calls[4:] == ['clear', 'run'] * 4 + ['delete']
+    assert 'failure' not in errors
+
+
 def test_watch_restarts_a_crashed_training_but_not_for_ever(watch):
     calls, errors = watch(['ACTIVE'] * 6, ['1'] * 6, code=1)
     assert calls == ['clear', 'run'] * 2 + ['tail']
@@ -399,28 +408,6 @@ def test_submit_gives_the_manifest_to_kubectl(run, stand_in, tmp_path):
     assert jobset['metadata']['labels'] == {'kueue.x-k8s.io/queue-name': 'multislice-queue'}
     (group,) = jobset['spec']['replicatedJobs']
     assert group['template']['spec']['template']['spec']['serviceAccountName'] == 'writer'
-
-
-@pytest.mark.parametrize('saves_with, code', [(0, 75), (1, 1)])
-def test_a_stopped_pod_has_not_succeeded(start, stand_in, tmp_path, saves_with, code):
-    stand_in(
-        'python',
-        f'trap "sleep 0.3; echo saved > $HOME/saved; exit {saves_with}" TERM\n'
-        'touch "$HOME/started"; while true; do sleep 0.05; done',
-    )
-    pod = start('launch/gke/entrypoint.sh')
-    _wait_for((tmp_path / 'started').exists)
-    pod.send_signal(signal.SIGTERM)
-    assert pod.wait(20) == code
-    assert (tmp_path / 'saved').exists()
-
-
-@pytest.mark.parametrize('code', [0, 1, 2])
-def test_a_pod_that_ends_by_itself_keeps_its_exit_code(run, stand_in, tmp_path, code):
-    stand_in('python', f'printf "%s\\n" "$@" > "$HOME/flags"; exit {code}')
-    run('launch/gke/entrypoint.sh', *_TRAIN, code=code)
-    flags = (tmp_path / 'flags').read_text().splitlines()
-    assert flags == ['-m', 'launch.train', '--distributed', *_TRAIN]
 
 
 # ------------------------------------------------------------------------------ Slurm

@@ -447,11 +447,11 @@ def test_kill_9_at_any_moment_loses_nothing(straight, slow_training, capsys):
     assert metrics_of(workdir) == metrics_of(straight[0]), f'killed {delay} s after step 2'
 
 
-def test_sigterm_saves_the_current_step_and_exits_with_0(straight, slow_training, capsys):
+def test_sigterm_saves_the_current_step_and_exits_with_75(straight, slow_training, capsys):
     process, workdir = slow_training
     process.terminate()
     output = process.communicate()[0]
-    assert process.returncode == 0, output
+    assert process.returncode == 75, output
     last = metrics_of(workdir)[-1]['step']
     assert 2 <= last < 6 and checkpoints_of(workdir)[-1] == last
     assert f'stop requested: saved step {last}' in output

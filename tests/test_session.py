@@ -59,17 +59,17 @@ def test_a_document_in_the_prompt(session):
 
 def test_many_questions_are_asked_in_batches(session, monkeypatch):
     adapter, rows = session.internalize(TEXT), []
-    whole = generation.answer
+    whole = generation._answer
 
     def counted(base, prompts, *rest):
         rows.append(len(prompts))
         return whole(base, prompts, *rest)
 
-    monkeypatch.setattr(generation, 'answer', counted)
+    monkeypatch.setattr(generation, '_answer', counted)
     prompts = [session.prompt(f'{n}?', 4) for n in range(7)]
-    texts = generation.answer_in_batches(session.base, prompts, 4, adapter.lora, tokens=64)
+    answers = generation.answer_tokens(session.base, prompts, 4, adapter.lora, tokens=64)
     assert rows == [2, 2, 2, 1]
-    assert texts == whole(session.base, prompts, 4, adapter.lora)
+    assert answers == whole(session.base, prompts, 4, adapter.lora)
 
 
 def test_adapters_of_different_modules_add_up(session):

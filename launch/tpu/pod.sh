@@ -189,7 +189,8 @@ watch() {
               crashed=1
             else
               crashed=''
-              failed "training ended with exit code $training"
+              # 75: it was told to stop, and saved.
+              [[ $training == 75 ]] || failed "training ended with exit code $training"
               clear_workers || true
               run || true
             fi
