@@ -17,6 +17,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from configs import fields
 from hyperlora.errors import UserError
 
 # Of the stages: steps, pictures of a step, learning rate.
@@ -29,7 +30,7 @@ def get_config(argument: str = '') -> ConfigDict:
     Raises:
       UserError: no such variant, no folder, nothing in it, or a later stage without the first.
     """
-    variant, folder, start = (*argument.split(','), '', '')[:3]
+    variant, folder, start = fields(argument, 3)
     if variant not in _STAGES:
         raise UserError(f'unknown variant {variant!r} of captioner; known: {", ".join(_STAGES)}')
     if variant == 'smollm2' and not start:

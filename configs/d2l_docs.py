@@ -15,7 +15,7 @@ import functools
 
 from ml_collections import ConfigDict
 
-from configs import d2l_niah
+from configs import d2l_niah, fields
 from hyperlora.errors import UserError
 
 
@@ -25,7 +25,7 @@ def get_config(argument: str = '') -> ConfigDict:
     Raises:
       UserError: no such variant, no records, or a second stage without the first.
     """
-    variant, records, start = (*argument.split(','), '', '')[:3]
+    variant, records, start = fields(argument, 3)
     name = variant.removesuffix('_chunks')
     published = functools.partial(_published, name)
     variants = {

@@ -18,7 +18,7 @@ result. `gemma` has the published settings: Gemma-3-4b reads, Gemma-2-2b answers
 
 from ml_collections import ConfigDict
 
-from configs import d2l_docs, d2l_niah
+from configs import d2l_docs, d2l_niah, fields
 from hyperlora.errors import UserError
 
 # Of the stages: steps, contexts of a step, tokens of a context, of a query, of an answer; learning
@@ -36,7 +36,7 @@ def get_config(argument: str = '') -> ConfigDict:
     Raises:
       UserError: no such variant, no records, or a later stage without the one before.
     """
-    variant, records, start = (*argument.split(','), '', '')[:3]
+    variant, records, start = fields(argument, 3)
     if variant not in (*_STAGES, 'gemma'):
         raise UserError(
             f'unknown variant {variant!r} of d2l_images; known: {", ".join([*_STAGES, "gemma"])}'

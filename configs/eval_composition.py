@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
             'questions': 4,  # of each document; 0 for all
             'limit': 0,  # documents, the first ones; 0 for all
             'max_new_tokens': 24,
-            # A key of `quantization.KINDS`; by default as in the training.
+            # A key of `quantization.KINDS`; by default the one that the checkpoint names.
             'base_quantization': config_dict.placeholder(str),
         }
     )

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
             # few, because long prompts are slow. 0 leaves that out.
             'baseline_examples': 10,
             'max_new_tokens': 16,  # the base model answers in a sentence
-            # A key of `quantization.KINDS`; by default as in the training.
+            # A key of `quantization.KINDS`; by default the one that the checkpoint names.
             'base_quantization': config_dict.placeholder(str),
         }
     )

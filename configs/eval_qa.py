@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
             'learning_rate': 1e-3,
             'query_tokens': 128,
             'answer_tokens': 64,  # of the answers that they train on; longer ones are left out
-            # A key of `quantization.KINDS`; by default as in the training.
+            # A key of `quantization.KINDS`; by default the one that the checkpoint names.
             'base_quantization': config_dict.placeholder(str),
         }
     )

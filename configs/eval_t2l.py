@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
             'seeds': 3,  # of descriptions
             # YAML: task name -> list of descriptions, for tasks that have none.
             'descriptions': '',
-            # A key of `quantization.KINDS`; by default as in the training.
+            # A key of `quantization.KINDS`; by default the one that the checkpoint names.
             'base_quantization': config_dict.placeholder(str),
         }
     )

@@ -18,9 +18,11 @@ towards the LoRAs that a run of `per_task` left in the folder LORAS, rather than
 """
 
 import functools
+import pathlib
 
 from ml_collections import ConfigDict
 
+from configs import fields
 from hyperlora.errors import UserError
 from t2l.collections import collect
 
@@ -69,7 +71,7 @@ def get_config(argument: str = 'smollm2') -> ConfigDict:
     Raises:
       UserError: no such variant.
     """
-    variant, folder, start = (*argument.split(','), '', '')[:3]
+    variant, folder, start = fields(argument, 3)
     large = 'v5e:4x4', {'fsdp': 8, 'tensor': 2}
     variants = {
         'smollm2': _smollm2,
@@ -98,7 +100,10 @@ def _sources(folder: str) -> tuple[dict, ...]:
     )
     if not folder:
         return generated
-    return ({'reader': 'json', 'path': folder, 'held_out': HELD_OUT['json']}, *generated)
+    # A folder may lack them: it is the user's.
+    here = pathlib.Path(folder).expanduser()
+    held_out = tuple(name for name in HELD_OUT['json'] if (here / f'{name}.json').is_file())
+    return ({'reader': 'json', 'path': folder, 'held_out': held_out}, *generated)
 
 
 def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> ConfigDict:
@@ -158,7 +163,7 @@ def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> C
             'data': {
                 'name': 'tasks',
                 'steps': steps,
-                'description_noise': 0.0,  # see t2l.data.describe
+                'description_noise': 0.0,  # see t2l.data.draw_embedding
                 'gibberish': 0.0,  # share of groups that describe no task; see t2l.data
                 'before': '',  # answers
                 # Rows are filled with examples of one task; what fits into none is left out.

@@ -231,18 +231,22 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
     """Builds the hypernetwork; the base reads. Contexts are `tokens [n, s]` and `mask [n, s]`.
 
     Raises:
-      UserError: an odd number of heads.
+      UserError: heads that are odd in number, none or no divisor of `latent_size`; more written
+        layers than there are, or none.
     """
-    if config.shape.num_heads % 2:
+    c, shape = base.config, config.shape
+    if shape.num_heads < 1 or shape.num_heads % 2 or shape.latent_size % shape.num_heads:
         raise UserError(
-            f'hypernetwork.shape.num_heads must be even, not {config.shape.num_heads}: half of the '
-            'heads look ahead, half back'
+            f'hypernetwork.shape.num_heads must be positive and even, not {shape.num_heads}, and '
+            f'divide latent_size ({shape.latent_size}): half of the heads look ahead, half back'
         )
-    c = base.config
-    module = AssociativeMemory(
-        AssociativeConfig(c.num_layers, c.mlp_width, c.width, **config.shape)
-    )
-    first = c.num_layers - module.config.written
+    if not 1 <= shape.written <= c.num_layers:
+        raise UserError(
+            f'hypernetwork.shape.written must be from 1 to {c.num_layers}, the layers of '
+            f'{base.name}, not {shape.written}'
+        )
+    module = AssociativeMemory(AssociativeConfig(c.num_layers, c.mlp_width, c.width, **shape))
+    first = c.num_layers - shape.written
 
     begin = base.tokenizer.prompt('?')[0]  # so that something stands before the first token
 

@@ -32,7 +32,6 @@ _ASK = (
     'Write {count} questions that are answered by the text above. Ask about its names, numbers and '
     'facts. Each question must be understood without the text. One question per line.'
 )
-_QUESTION_ROOM = 128  # tokens of the window for the question and the chat template
 # A line up to its question mark, without a number or the word Question before it.
 _QUESTION = re.compile(r'^\W*(?:Question\W+)?(?:\d+\W+)?(\w[^?？؟\n]{8,200}[?？؟])', re.MULTILINE)
 
@@ -173,19 +172,24 @@ class Settings:
             raise ValueError('generated questions have no given answers')
         if self.questions == 'others' and self.answers == 'given':
             raise ValueError("answers to others' questions must be generated")
+        least = {'questions_per_document': 1, 'max_answer_tokens': 1, 'entries': 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f'{name} must be at least {bound}, not {getattr(self, name)}')
 
 
 def ask(teacher: Teacher, documents: Sequence[Document], count: int) -> list[Document]:
     """The documents with questions that the untuned model asks about them, as many as it finds."""
     limit = 32 * count
+    base, request = teacher.base, _ASK.format(count=count)
     prompts = [
-        _prompt(teacher.base, document.text, _ASK.format(count=count), limit)
+        in_context_prompt(base, base.tokenizer.encode(document.text), request, limit)
         for document in documents
     ]
     found = []
     answers = teacher.untuned().answer(prompts, limit)
     for document, answer in zip(documents, answers, strict=True):
-        texts = _QUESTION.findall(teacher.base.tokenizer.decode(answer))
+        texts = _QUESTION.findall(base.tokenizer.decode(answer))
         questions = tuple(Question(text.strip()) for text in dict.fromkeys(texts))
         found.append(dataclasses.replace(document, questions=questions[:count]))
     return found
@@ -198,8 +202,8 @@ def records(
     settings: Settings,
     block: int = 64,
 ) -> Iterator[Record]:
-    """Records of documents, in order; one without a usable question is left out, and one that does
-    not fit into the teacher's window.
+    """Records of documents, in order; one without a usable question is left out. A question is
+    usable if the teacher's window has room for it, its document and the answer.
 
     Args:
       context_tokenizer: of the model that will read the contexts.
@@ -210,22 +214,23 @@ def records(
 
 
 def _block(teacher, context_tokenizer, documents, settings):
-    base = teacher.base
+    base, limit = teacher.base, settings.max_answer_tokens
     documents = _asked(teacher, documents, settings)
-    pairs = [
-        (number, question)
-        for number, document in enumerate(documents)
-        for question in document.questions
-        if settings.answers == 'generated' or question.answers
-    ]
+    alone = settings.questions == 'others'
+    pairs, prompts = [], []
+    for number, document in enumerate(documents):
+        for question in document.questions:
+            # As `in_context_prompt` has it, but never cut: the record's context is the whole text.
+            text = question.text if alone else f'{document.text}\n\n{question.text}'
+            prompt = base.tokenizer.prompt(text)
+            fits = len(prompt) <= base.config.max_length - limit
+            if fits and (settings.answers == 'generated' or question.answers):
+                pairs.append((number, question))
+                prompts.append(prompt)
     if not pairs:
         return
-    limit = settings.max_answer_tokens
-    if settings.questions == 'others':
+    if alone:
         teacher = teacher.untuned()
-        prompts = [base.tokenizer.prompt(question.text) for _, question in pairs]
-    else:
-        prompts = [_prompt(base, documents[number].text, q.text, limit) for number, q in pairs]
     if settings.answers == 'generated':
         answers = teacher.answer(prompts, limit)
     else:
@@ -259,9 +264,9 @@ def _asked(teacher, documents, settings):
     """The documents that fit into the teacher's window, with the questions of the settings."""
     if settings.questions == 'restate':
         documents = [sentence for d in documents for sentence in passages.restate(d)]
-    tokenizer, longest = teacher.base.tokenizer, teacher.base.config.max_length
-    room = longest - settings.max_answer_tokens - _QUESTION_ROOM
-    documents = [d for d in documents if len(tokenizer.encode(d.text)) <= room]
+    room = teacher.base.config.max_length - settings.max_answer_tokens
+    encode = teacher.base.tokenizer.encode
+    documents = [d for d in documents if len(encode(d.text)) <= room]
     count = settings.questions_per_document
     if settings.questions in ('given', 'restate'):
         return documents
@@ -279,7 +284,3 @@ def _asked(teacher, documents, settings):
     return [
         dataclasses.replace(d, questions=own) for d, own in zip(documents, questions, strict=True)
     ]
-
-
-def _prompt(base: BaseModel, text: str, question: str, room: int) -> list[int]:
-    return in_context_prompt(base, base.tokenizer.encode(text), question, room)

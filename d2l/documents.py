@@ -51,20 +51,23 @@ def read_squad(path: str) -> Iterator[Document]:
     """SQuAD's JSON: data / paragraphs / qas. Each paragraph is a document.
 
     Raises:
-      UserError: not such a file.
+      UserError: not such a file; the message names the place.
     """
     file = pathlib.Path(path).expanduser()
+    where = path
     try:
         articles = json.loads(file.read_text(encoding='utf-8'))['data']
         for index, article in enumerate(articles):
             for number, paragraph in enumerate(article['paragraphs']):
                 name = f'{article.get("title", index)}/{number}'
-                questions = tuple(
-                    Question(qa['question'], tuple(dict.fromkeys(a['text'] for a in qa['answers'])))
-                    for qa in paragraph['qas']
-                    if qa['answers']
-                )
-                yield Document(name, paragraph['context'], questions)
+                where = f'{path}, {name}'
+                asked = [qa for qa in paragraph['qas'] if qa['answers']]
+                entry = {
+                    'context': paragraph['context'],
+                    'questions': [qa['question'] for qa in asked],
+                    'answers': [[answer['text'] for answer in qa['answers']] for qa in asked],
+                }
+                yield _from_entry(entry, where, name)
     except OSError as error:
         raise UserError(f'{path}: cannot read it ({error.strerror})') from error
     except UnicodeDecodeError as error:
@@ -72,7 +75,7 @@ def read_squad(path: str) -> Iterator[Document]:
     except json.JSONDecodeError as error:
         raise UserError(f'{path}:{error.lineno}: not valid JSON ({error.msg})') from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path}: not in the layout of SQuAD (lacks {error})') from error
+        raise UserError(f'{where}: not in the layout of SQuAD (lacks {error})') from error
 
 
 def read_jsonl(path: str) -> Iterator[Document]:
@@ -330,8 +333,10 @@ def _from_entry(entry: Any, where: str, name: str) -> Document:
     answers = [[answer] if isinstance(answer, str) else answer for answer in answers]
     if not all(map(_texts, answers)):
         raise UserError(f'{where}: the answers to a question must be a text or a list of texts')
-    pairs = zip(questions, map(tuple, answers), strict=True)
-    return Document(str(entry.get('id', name)), text, tuple(Question(q, a) for q, a in pairs))
+    pairs = zip(questions, map(dict.fromkeys, answers), strict=True)  # each answer once
+    return Document(
+        str(entry.get('id', name)), text, tuple(Question(q, tuple(a)) for q, a in pairs)
+    )
 
 
 def _texts(values: Any) -> bool:

@@ -49,7 +49,7 @@ class Internalizer:
         Raises:
           UserError: the checkpoint does not read documents.
         """
-        trained.require('doc_to_lora', 'associative_memory')
+        trained.require_contexts('tokens', 'mask')
         self.trained = trained
         self._run = functools.partial(
             _generate(trained),
@@ -76,6 +76,20 @@ class Internalizer:
             )
         ]
 
+    def rank(self, chunks: Iterable[tuple[int, ...]]) -> int:
+        """Of each of their LoRAs in `chunk_loras`: the shape's or, without it, one per token."""
+        shape = self.trained.config.hypernetwork.shape
+        return shape.get('rank') or max(map(self._padded, chunks))
+
+    def _padded(self, chunk: tuple[int, ...]) -> int:
+        """Its length when it is encoded: 32, 64, 128, ... or that of the longest chunk."""
+        config = self.trained.config
+        affixes = len(config.chunk_prefix) + len(config.chunk_suffix)
+        length = 32
+        while length < len(chunk) + affixes:
+            length *= 2
+        return min(length, max(config.chunk_length + affixes, 32))
+
     def chunk_loras(
         self,
         chunks: Iterable[tuple[int, ...]],
@@ -88,13 +102,9 @@ class Internalizer:
         """
         config = self.trained.config
         prefix, suffix = tuple(config.chunk_prefix), tuple(config.chunk_suffix)
-        longest = len(prefix) + config.chunk_length + len(suffix)
         by_length = collections.defaultdict(list)
         for chunk in chunks:
-            length = 32
-            while length < len(prefix) + len(chunk) + len(suffix):
-                length *= 2
-            by_length[min(length, max(longest, 32))].append(chunk)
+            by_length[self._padded(chunk)].append(chunk)
         kept, parts = [], []
         for length, waiting in sorted(by_length.items()):
             most = max(_TOKENS_PER_PASS // length, 1)
@@ -145,9 +155,7 @@ class Internalizer:
         """
         counts = collections.Counter(self.split(document))
         chunks = list(counts)
-        config = self.trained.config
-        rank = config.hypernetwork.shape.get('rank', config.chunk_length)  # or one per token
-        step = max(_MAX_RANK // rank, 1)
+        step = max(_MAX_RANK // self.rank(chunks), 1)
         whole: Lora | None = None
         read = 0
 
@@ -160,7 +168,7 @@ class Internalizer:
             kept, loras = self.chunk_loras(chunks[start : start + step], count)
             weights = jnp.asarray([[counts[c] for c in kept]], jnp.float32)
             part = lora_lib.fold(*lora_lib.compose(loras, None, 1, weights))
-            whole = part if whole is None else lora_lib.compact(lora_lib.concatenate(whole, part))
+            whole = lora_lib.compact(part if whole is None else lora_lib.concatenate(whole, part))
         return whole
 
 
@@ -176,11 +184,12 @@ class Answerer:
     """Answers many questions, each about a document of its own that is not in the prompt.
 
     Questions are answered in packed batches: the distinct chunks of a batch lie along one rank and
-    each row weights its own by how often they occur.
+    each row weights its own by how often they occur. A batch has at most `max_rank` ranks, or one
+    question.
     """
 
-    def __init__(self, internalizer: Internalizer, max_rows: int = 16, max_chunks: int = 256):
-        self.internalizer, self.max_rows, self.max_chunks = internalizer, max_rows, max_chunks
+    def __init__(self, internalizer: Internalizer, max_rows: int = 16, max_rank: int = _MAX_RANK):
+        self.internalizer, self.max_rows, self.max_rank = internalizer, max_rows, max_rank
 
     def __call__(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
         """Answers in order."""
@@ -190,7 +199,8 @@ class Answerer:
         for question in questions:
             counts = collections.Counter(self.internalizer.split(question.document))
             joint = union | counts.keys()
-            if batch and (len(batch) == self.max_rows or len(joint) > self.max_chunks):
+            rank = len(joint) * self.internalizer.rank(joint)
+            if batch and (len(batch) == self.max_rows or rank > self.max_rank):
                 answers += self._answer(batch, max_new_tokens)
                 batch, joint = [], set(counts)
             batch.append((question, counts))

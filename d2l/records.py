@@ -11,13 +11,14 @@ t the teacher's top entries.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -124,19 +125,32 @@ def write_shard(path: pathlib.Path, records: Iterable[Record], meta: dict) -> in
 
     Args:
       meta: kept in the index: what the records were made with.
+
+    Raises:
+      UserError: the disk is full, or cannot be written to.
     """
     partial = path.with_suffix('.partial')
-    writer = array_record_module.ArrayRecordWriter(str(partial), 'group_size:1')
+    with _writing(path):
+        writer = array_record_module.ArrayRecordWriter(str(partial), 'group_size:1')
     lengths = []
     for record in records:
-        writer.write(record.to_bytes())
+        with _writing(path):
+            writer.write(record.to_bytes())
         lengths.append(len(record.context))
-    writer.close()
-    os.replace(partial, path)
-    index = path.with_suffix('.json')
-    index.with_suffix('.partial_index').write_text(json.dumps({**meta, 'lengths': lengths}))
-    os.replace(index.with_suffix('.partial_index'), index)
+    with _writing(path):
+        writer.close()
+        os.replace(partial, path)
+        partial.write_text(json.dumps({**meta, 'lengths': lengths}))
+        os.replace(partial, path.with_suffix('.json'))
     return len(lengths)
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's
+        raise UserError(f'cannot write {path} ({error}): make room, then run again') from error
 
 
 def is_complete(path: pathlib.Path) -> bool:
@@ -187,6 +201,11 @@ class Records:
         self.meta = indices[0]
         self.lengths = np.concatenate([np.asarray(part, np.int32) for part in lengths])
         full = [str(path) for path, part in zip(files, lengths, strict=True) if part]
+        if not full:
+            raise UserError(
+                f'{folder}: no document had a question that could be used: answers must end within '
+                'settings.max_answer_tokens, documents and questions fit into the window'
+            )
         self._source = grain.sources.ArrayRecordDataSource(full)
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,17 @@ def save(
     """Writes a LoRA of one row. Nothing is left behind if writing fails.
 
     Args:
-      directory: an existing folder.
+      directory: is made if need be.
       base_name: for `base_model_name_or_path`.
       metadata: goes into the safetensors file, e.g. `base_fingerprint`.
 
     Raises:
       ValueError: the LoRA has more than one row.
+      UserError: the folder cannot be written to, or the disk is full.
     """
     if lora.rows != 1:
         raise ValueError(f'only a LoRA of one row can be saved, not of {lora.rows}')
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     tensors = {}
     for name, pair in lora.pairs.items():
         a, b = np.asarray(pair.a[:, 0]), np.asarray(pair.b[:, 0] * lora.scaling)
@@ -86,10 +88,15 @@ def save(
         _WEIGHTS: safetensors.numpy.save(tensors, {'format': 'pt', **(metadata or {})}),
         _CONFIG: (json.dumps(config, indent=2) + '\n').encode(),
     }
-    for name, content in files.items():
-        partial = directory / (name + '.partial')
-        partial.write_bytes(content)
-        partial.rename(directory / name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix='.partial-') as partial:
+            for name, content in files.items():
+                Path(partial, name).write_bytes(content)
+            for name in files:
+                Path(partial, name).replace(directory / name)
+    except OSError as e:
+        raise UserError(f'cannot write an adapter to {directory} ({e.strerror})') from e
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -98,7 +105,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     Raises:
       UserError: it is missing or damaged.
     """
-    path = Path(directory) / _CONFIG
+    path = Path(directory).expanduser() / _CONFIG
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
         if config['peft_type'] != 'LORA':
@@ -112,9 +119,25 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise UserError(f'{path} is damaged ({e!r}); make the adapter again') from e
 
 
+def base_name(directory: str | Path) -> str:
+    """The base model that an adapter names.
+
+    Raises:
+      UserError: it names none, or see `read_config`.
+    """
+    name = read_config(directory).get('base_model_name_or_path')
+    if not name or not isinstance(name, str):
+        raise UserError(
+            f'{Path(directory) / _CONFIG}: base_model_name_or_path is {name!r}, not the name of a '
+            'base model; give that as --base'
+        )
+    return name
+
+
 def read_metadata(directory: str | Path) -> dict[str, str]:
     """What `save` noted in the safetensors file of an adapter that can be loaded."""
-    with safetensors.safe_open(Path(directory) / _WEIGHTS, framework='numpy') as file:
+    path = Path(directory).expanduser() / _WEIGHTS
+    with safetensors.safe_open(path, framework='numpy') as file:
         return {key: text for key, text in (file.metadata() or {}).items() if key != 'format'}
 
 
@@ -136,7 +159,7 @@ def load(
       UserError: a file is missing or damaged, the adapter is more than a LoRA of known modules, or
         it is for another base model.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     config = read_config(directory)
     used = [
         f'{key} = {value!r}'
@@ -178,12 +201,19 @@ def load(
     layers = base.num_layers if base else 1 + max(max(by_layer) for by_layer in found.values())
     names = sorted({module for module, _ in found})
     dims = dict((n, (i, o)) for n, i, o in lora_lib.module_dims(base, names)) if base else {}
-    some = isinstance(config.get('target_modules'), str) or any(
-        config.get(key) is not None for key in ('exclude_modules', 'layers_to_transform')
-    )
+    # A pattern, or a list in which a name with a dot may be that of one layer's module.
+    targets = config.get('target_modules')
+    some = isinstance(targets, str) or '.' in str(targets)
+    some |= any(config.get(key) is not None for key in ('exclude_modules', 'layers_to_transform'))
     pairs = {
         name: _pair(directory, name, found, layers, some, scaling, dims.get(name)) for name in names
     }
+    for name, pair in pairs.items():
+        if pair.a.shape[2] != config['r']:
+            raise UserError(
+                f'{directory}: {name} is of rank {pair.a.shape[2]}, but {_CONFIG} says '
+                f'r = {config["r"]}; make the adapter again'
+            )
     return Lora(pairs, jnp.float32(1))
 
 

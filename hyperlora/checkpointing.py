@@ -29,6 +29,7 @@ _SPREAD = ('mesh', 'rules', 'groups', 'accumulate')
 
 _PARAMS = 'params.safetensors'
 _CONFIG = 'config.json'
+_DTYPES = {'BF16': jnp.bfloat16, 'F16': np.float16, 'F32': np.float32}
 
 
 class Checkpointer:
@@ -190,9 +191,14 @@ def _meet(*, key: str, timeout_ms: int) -> None:
 
 
 def _steps(directory: epath.Path) -> list[int]:
-    """The complete checkpoints; those in the making have other names."""
+    """The complete checkpoints."""
     found = directory.iterdir() if directory.is_dir() else ()
-    return [int(path.name) for path in found if path.name.isdigit()]
+    return [
+        int(path.name)
+        for path in found
+        # On gs:// one in the making has its name from the start, but lacks the mark of success.
+        if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)
+    ]
 
 
 @contextlib.contextmanager
@@ -309,6 +315,9 @@ def export(directory, params, config: dict, dtype: str = 'bfloat16'):
 def load_export(directory) -> tuple[dict, dict]:
     """Reads what `export` wrote.
 
+    Args:
+      directory: path or gs:// URL.
+
     Returns:
       params: nested dict of float32 numpy arrays.
       config: the dict given to `export`.
@@ -316,17 +325,21 @@ def load_export(directory) -> tuple[dict, dict]:
     Raises:
       UserError: a file is missing or damaged; the message names it.
     """
-    path = pathlib.Path(directory) / _CONFIG
+    path = epath.Path(directory) / _CONFIG
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
         path = path.with_name(_PARAMS)
-        tensors = safetensors.numpy.load_file(path)
+        # Not load_file, which reads no URLs, nor numpy.load, which knows no bfloat16.
+        flat = {
+            name: np.frombuffer(x['data'], _DTYPES[x['dtype']]).reshape(x['shape'])
+            for name, x in safetensors.deserialize(path.read_bytes())
+        }
     except OSError as error:
         raise UserError(f'{path}: cannot read ({error.strerror or error})') from error
     # JSON errors are ValueErrors.
-    except (ValueError, safetensors.SafetensorError) as error:
+    except (ValueError, KeyError, safetensors.SafetensorError) as error:
         raise UserError(f'{path}: damaged ({error})') from error
-    flat = {name: value.astype(np.float32) for name, value in tensors.items()}
+    flat = {name: value.astype(np.float32) for name, value in flat.items()}
     return flax.traverse_util.unflatten_dict(flat, sep='/'), config
 
 

@@ -33,6 +33,7 @@ from hyperlora.errors import UserError
 # Seconds until a file that one host wrote must be seen by the others (NFS caches directories).
 VISIBLE_AFTER = 60.0
 
+_LONGEST_WAIT = 30 * 24 * 3600  # seconds between the first process's end and the last one's
 _FAILURE = 'hyperlora/failure'
 _TOKEN = '.shared'
 
@@ -65,7 +66,13 @@ def initialize(
     alarm.start()
     try:
         jax.distributed.initialize(
-            address, num_processes, process_id, initialization_timeout=timeout + 60
+            address,
+            num_processes,
+            process_id,
+            initialization_timeout=timeout + 60,
+            # At exit the first one waits for all others, which may have hours of work left. Dead
+            # ones are noticed earlier: their heartbeats stop.
+            shutdown_timeout_seconds=_LONGEST_WAIT,
         )
     except (ValueError, RuntimeError) as error:
         reason = ' '.join(str(error).split())
@@ -260,10 +267,11 @@ def _holds(path: epath.Path, token: str) -> bool:
 
 
 def _code() -> str:
-    """A digest of the program's source."""
+    """A digest of the program's source, and of the words and templates it makes data of."""
     root = pathlib.Path(__file__).parents[1]
     found = hashlib.blake2b(digest_size=8)
     for package in ('hyperlora', 'd2l', 't2l', 'launch'):
-        for path in sorted((root / package).rglob('*.py')):
-            found.update(str(path.relative_to(root)).encode() + path.read_bytes())
+        for path in sorted((root / package).rglob('*')):
+            if path.suffix in ('.py', '.yaml'):
+                found.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return found.hexdigest()

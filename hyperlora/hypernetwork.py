@@ -43,7 +43,9 @@ class Hypernetwork:
         base model itself.
       encode: (the encoder's parameters, context batch) -> (features, mask). Not differentiated.
         The context batch is the `context` entry of a batch, e.g. `tokens [n, s]`, `mask [n, s]`.
-      example: a context batch of the smallest size, for initialisation.
+      example: a context batch of the smallest size, for initialisation. Its keys say what the
+        hypernetwork can be used for: one of `tokens` and `mask` for documents (`d2l.internalize`
+        passes its module `iterative` and `min_gate`), one of `embedding` for tasks.
       start: fresh parameters -> those that training starts from; for parameters that come from
         data, such as the statistics of LoRAs to reconstruct.
       dtype: that the module computes in. Parameters, their gradients and the optimizer stay f32;

@@ -324,6 +324,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     Raises:
       UserError: a bad config, a checkpoint of another base or config, or a loss that is not finite.
     """
+    for key in ('log_every', 'checkpoint_every', 'keep_checkpoints'):
+        if config[key] < 1:
+            raise UserError(f'config.{key} must be positive, not {config[key]}')
     # ---- hosts, mesh and base model
     hosts.check_agreement({'config': config.to_dict(), 'workdir': workdir})
     hosts.check_shared(workdir)
@@ -333,7 +336,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         base = load_base(config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization)
         plan = make_plan(config, base, mesh)
     learner, encoder = plan.learner, plan.learner.hypernetwork.encoder
-    with jax.set_mesh(mesh), rules():
+    with jax.set_mesh(mesh), rules(), _StopOnSignal() as stop:
         # ---- data, checkpoint, metrics
         dataset = data.build(
             config.data,
@@ -344,6 +347,11 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             config.accumulate,
             sharding.own_groups(mesh, learner.groups),
         )
+        if len(dataset) < config.optimizer.steps:
+            raise UserError(
+                f'the data have {len(dataset)} steps, the training {config.optimizer.steps}: set '
+                'config.data.steps and config.optimizer.steps alike'
+            )
         meta = {
             'base_fingerprint': base.fingerprint,
             'encoder_fingerprint': encoder.fingerprint,
@@ -376,27 +384,25 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             )
         )
         writer = MetricWriter(workdir, start) if hosts.is_first() else None
-        count = sum(x.size for x in jax.tree.leaves(state.params))
+        size = sum(x.size for x in jax.tree.leaves(state.params))
         _report(
-            f'{config.name}: {count / 1e6:.1f} M parameters train on {mesh.size} device(s) of '
+            f'{config.name}: {size / 1e6:.1f} M parameters train on {mesh.size} device(s) of '
             f'{jax.process_count()} process(es), mesh {dict(mesh.shape)}'
         )
 
         # ---- steps
         last_step = config.optimizer.steps
         progress = Progress(last_step, start)
-        # Several processes leave SIGTERM to JAX, which tells it to all of them.
-        stop = _StopOnSignal() if jax.process_count() == 1 else None
         metrics, recent = None, []
         for step in range(start + 1, last_step + 1):
             batch = sharding.global_batch(next(batches), plan.batch_place)
             rows = jax.tree.leaves(batch.get('query', batch.get('target')))
-            examples = math.prod(rows[0].shape[:2])
+            count = math.prod(rows[0].shape[:2])
             before, (state, metrics) = metrics, plan.step(state, plan.frozen, batch)
             jax.block_until_ready(before)  # steps are dispatched one ahead: rates are real
-            progress.update(step, examples)
+            progress.update(step, count)
             recent.append(metrics)
-            stopping = stop.requested if stop else checkpointer.reached_preemption(step)
+            stopping = stop.requested or checkpointer.reached_preemption(step)
             saving = stopping or step == last_step or step % config.checkpoint_every == 0
             if saving or step % config.log_every == 0:
                 # A step holds few contexts: what is reported is the mean since the last report.
@@ -412,9 +418,13 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 values['learning_rate'] = float(learning_rate(config.optimizer)(step - 1))
                 if writer:
                     writer.write(step, {**values, **progress.rates()})
-                other = next(name for name in ('exact', 'error', 'accuracy') if name in values)
+                others = (
+                    f'{name} {values[name]:.2g}  '
+                    for name in ('exact', 'error', 'accuracy')
+                    if name in values
+                )
                 _report(
-                    f'{progress.line(values["loss"])}  {other} {values[other]:.2g}  '
+                    f'{progress.line(values["loss"])}  {next(others, "")}'
                     f'shapes compiled {plan.step._cache_size()}'
                 )
             if saving:
@@ -438,11 +448,19 @@ def _report(text: str) -> None:
 
 
 class _StopOnSignal:
-    """Remembers a SIGTERM, so that the step in progress can finish and be saved."""
+    """Remembers a SIGTERM, so that the step in progress can finish and be saved. Several processes
+    leave it to JAX, which tells it to all of them."""
 
-    def __init__(self):
-        self.requested = False
-        signal.signal(signal.SIGTERM, self._handle)
+    requested = False
+
+    def __enter__(self):
+        if jax.process_count() == 1:
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+        return self
 
     def _handle(self, *_):
         self.requested = True
+
+    def __exit__(self, *_):
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)

@@ -98,23 +98,23 @@ class Progress:
     def __init__(self, total_steps: int, start_step: int = 0, window: int = 50):
         self._total = total_steps
         self._step = start_step
-        self._ends = collections.deque(maxlen=window + 1)  # (step, examples so far, time)
+        self._ends = collections.deque(maxlen=window + 1)  # (step, rows so far, time)
 
-    def update(self, step: int, examples: int):
-        """Notes that `step` (the number of steps done) ended, having used `examples` examples."""
+    def update(self, step: int, rows: int):
+        """Notes that `step` (the number of steps done) ended, having used `rows` packed rows."""
         before = self._ends[-1][1] if self._ends else 0
         self._step = step
-        self._ends.append((step, before + examples, time.monotonic()))
+        self._ends.append((step, before + rows, time.monotonic()))
 
     def rates(self) -> dict[str, float]:
-        """`steps_per_second` and `examples_per_second`; empty before the second step has ended."""
+        """`steps_per_second` and `rows_per_second`; empty before the second step has ended."""
         if len(self._ends) < 2:
             return {}
-        steps, examples, seconds = (
+        steps, rows, seconds = (
             b - a for a, b in zip(self._ends[0], self._ends[-1], strict=True)
         )
         seconds = max(seconds, 1e-9)
-        return {'steps_per_second': steps / seconds, 'examples_per_second': examples / seconds}
+        return {'steps_per_second': steps / seconds, 'rows_per_second': rows / seconds}
 
     def line(self, loss: float) -> str:
         """One line of text: step, loss and, once known, rate and remaining time."""
@@ -124,7 +124,7 @@ class Progress:
             left = round((self._total - self._step) / rates['steps_per_second'])
             text += (
                 f'  {rates["steps_per_second"]:.2f} steps/s'
-                f'  {rates["examples_per_second"]:.1f} examples/s'
+                f'  {rates["rows_per_second"]:.1f} rows/s'
                 f'  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}'
             )
         return text

@@ -167,8 +167,8 @@ def l1_of_generated(
 ) -> jax.Array:
     """Mean absolute entry of A plus that of B, summed over contexts, averaged over modules.
 
-    As in the original, the mean of a context runs over `max_chunks + 1` ranks blocks (the last is
-    the shared LoRA), absent chunks counting as zeros.
+    As in the original, the mean of a context runs over `max_chunks + 1` blocks of ranks (the last
+    is the shared LoRA), absent chunks counting as zeros; each counts alike, whatever its rank.
 
     Args:
       chunks: one row per chunk.
@@ -182,13 +182,11 @@ def l1_of_generated(
     """
 
     def factor(x, common):
-        per_chunk = jnp.abs(x.astype(jnp.float32)).sum((0, 2, 3))
+        per_chunk = jnp.abs(x.astype(jnp.float32)).mean((0, 2, 3))
         total = (per_chunk * chunk_mask).sum()
         if common is not None:
-            total += num_contexts * jnp.abs(common.astype(jnp.float32)).sum()
-        layers, _, rank, width = x.shape
-        blocks = max_chunks + (common is not None)
-        return total / (layers * blocks * rank * width)
+            total += num_contexts * jnp.abs(common.astype(jnp.float32)).mean()
+        return total / (max_chunks + (common is not None))
 
     common = {} if shared is None else shared.pairs
     terms = []

@@ -13,11 +13,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from d2l.image_internalizer import ImageInternalizer
 from d2l.internalize import Internalizer
@@ -25,6 +27,7 @@ from d2l.memory import Memory
 from d2l.prompts import in_context_prompt
 from hyperlora import adapters, generation, trained
 from hyperlora import lora as lora_lib
+from hyperlora.errors import UserError
 from hyperlora.lora import Lora
 from hyperlora.models import images, weights
 from hyperlora.models.base import BaseModel, hf_config, load_base
@@ -155,8 +158,10 @@ class Session:
           ValueError: no part, or another number of scales.
         """
         scales = [1.0] * len(parts) if scales is None else scales
+        # Into B: a sum is relative to the scaling of its first part, which must not be 0.
         scaled = [
-            lora_lib.scale(_lora(part), scale) for part, scale in zip(parts, scales, strict=True)
+            lora_lib.fold(_lora(part), jnp.full((1, 1), scale))
+            for part, scale in zip(parts, scales, strict=True)
         ]
         names = [
             part.metadata.get('hypernetwork', '') for part in parts if isinstance(part, Adapter)
@@ -195,6 +200,8 @@ class Session:
         document: str = '',
     ) -> list[str]:
         """As `ask`, in batches."""
+        if not questions:
+            return []
         prompts = [self.prompt(question, max_new_tokens, document) for question in questions]
         return generation.answer_in_batches(self.base, prompts, max_new_tokens, _lora(adapter))
 
@@ -223,8 +230,7 @@ class Session:
     # ---- keep
 
     def save(self, adapter: Adapter, directory: str | Path) -> None:
-        """Writes PEFT's layout to a folder, which is made if need be."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        """Writes PEFT's layout to a folder; see `adapters.save`."""
         adapters.save(adapter.lora, directory, self.base.name, adapter.metadata)
 
     def save_merged(
@@ -232,23 +238,32 @@ class Session:
     ) -> None:
         """Writes base model and adapter, summed in f32, as a Hugging Face folder.
 
+        Nothing is left behind if writing fails. config.json comes last: a folder without it is
+        not complete.
+
         Args:
           directory: an existing folder.
           dtype: of the file.
 
         Raises:
-          UserError: the base model is quantized, or no config.json can say what it is.
+          UserError: the base model is quantized, no config.json can say what it is, the folder
+            cannot be written to, or the disk is full.
         """
         directory, base = Path(directory), self.base
         merged = lora_lib.merge(base.params, _lora(adapter))
         params = jax.tree.map(lambda x: x.astype(dtype), merged)
-        with tempfile.TemporaryDirectory(dir=directory) as partial:
-            base.tokenizer.save(partial)
-            weights.save_hf(
-                directory, params, base.config, {**hf_config(base), 'torch_dtype': dtype}
-            )
-            for path in Path(partial).iterdir():
-                path.replace(directory / path.name)
+        config = {**hf_config(base), 'torch_dtype': dtype}
+        # Where our answers end: config.json may name another token, or none.
+        generation_config = json.dumps({'eos_token_id': base.tokenizer.eos_id}) + '\n'
+        try:
+            with tempfile.TemporaryDirectory(dir=directory, prefix='.partial-') as partial:
+                base.tokenizer.save(partial)
+                Path(partial, 'generation_config.json').write_text(generation_config)
+                weights.save_hf(partial, params, base.config, config)
+                for path in sorted(Path(partial).iterdir(), key=lambda p: p.name == 'config.json'):
+                    path.replace(directory / path.name)
+        except OSError as e:
+            raise UserError(f'cannot write a model to {directory} ({e})') from e
 
     def load(self, directory: str | Path) -> Adapter:
         """Reads an adapter that `save` or PEFT wrote.

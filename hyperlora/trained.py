@@ -47,6 +47,20 @@ class Trained:
             raise UserError(f'the checkpoint is a {found}; a {" or ".join(names)} is needed here')
         return self
 
+    def require_contexts(self, *keys: str) -> Trained:
+        """This, unless its contexts are of another kind; see `Hypernetwork.example`.
+
+        Raises:
+          UserError: they are not made of `keys`.
+        """
+        found = self.hypernetwork.example.keys()
+        if found != set(keys):
+            raise UserError(
+                f'the checkpoint is a {self.config.hypernetwork.name}, which reads '
+                f'{", ".join(sorted(found))}; one that reads {", ".join(keys)} is needed here'
+            )
+        return self
+
 
 def load(
     checkpoint: str, base: BaseModel | None = None, quantization: str | None = None

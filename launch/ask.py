@@ -21,7 +21,7 @@ def main(_):
     from hyperlora import adapters
     from hyperlora.session import Session
 
-    base = _BASE.value or adapters.read_config(_ADAPTER.value)['base_model_name_or_path']
+    base = _BASE.value or adapters.base_name(_ADAPTER.value)
     session = Session(base=base, quantization=_QUANTIZATION.value)
     print(session.ask(_QUESTION.value, session.load(_ADAPTER.value), _MAX_NEW_TOKENS.value))
 

@@ -19,7 +19,7 @@ _CHECKPOINT = flags.DEFINE_string('checkpoint', 'smollm2-niah', 'Shipped weights
 _TASK_CHECKPOINT = flags.DEFINE_string(
     'task_checkpoint', 'smollm2-t2l', 'Shipped weights or a folder.'
 )
-_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed runs; the median counts.')
+_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed runs; the median counts.', lower_bound=1)
 
 
 def measure(function, *args) -> dict:

@@ -33,17 +33,18 @@ def run(main):
 
     try:
         app.run(configured_main, flags_parser=_parse_flags)
-    except UserError as error:
-        print('error:', ' '.join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        print(
-            f'error: the package {error.name} is not installed; the extras in setup.py hold it',
-            file=sys.stderr,
-        )
+    except (UserError, ModuleNotFoundError) as error:
+        print('error:', explained(error), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def explained(error: UserError | ModuleNotFoundError) -> str:
+    """A user's mistake in one line."""
+    if isinstance(error, ModuleNotFoundError):
+        return f'the package {error.name} is not installed; the extras in setup.py hold it'
+    return ' '.join(str(error).split())
 
 
 def writable_directory(path) -> pathlib.Path:

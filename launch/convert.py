@@ -28,9 +28,10 @@ def main(_):
     params, record = upstream.convert(
         _SOURCE.value, _BASE.value, _ENCODER.value, _EMBEDDER.value, _DTYPE.value
     )
-    checkpointing.export(_OUTPUT.value, params, record, dtype='float32')
+    output = cli.writable_directory(_OUTPUT.value)
+    checkpointing.export(output, params, record, dtype='float32')
     kind = record['config']['hypernetwork']['name']
-    print(f'converted {_SOURCE.value} ({kind}) to {_OUTPUT.value}')
+    print(f'converted {_SOURCE.value} ({kind}) to {output}')
 
 
 if __name__ == '__main__':

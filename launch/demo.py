@@ -1,6 +1,6 @@
 """A page in the browser: documents and tasks become LoRAs, which are asked, kept and downloaded.
 
-python -m launch.demo [--documents=smollm2-niah] [--tasks=smollm2-t2l] [--adapters=DIR]
+python -m launch.demo [--documents=smollm2-docs] [--tasks=smollm2-t2l] [--adapters=DIR]
     [--host=127.0.0.1] [--port=7860] [--share]
 """
 
@@ -12,7 +12,7 @@ from hyperlora.errors import UserError
 from launch import cli
 
 _DOCUMENTS = flags.DEFINE_string(
-    'documents', 'smollm2-niah', 'Doc-to-LoRA: shipped weights or a folder.'
+    'documents', 'smollm2-docs', 'Doc-to-LoRA: shipped weights or a folder.'
 )
 _TASKS = flags.DEFINE_string('tasks', 'smollm2-t2l', 'Text-to-LoRA: shipped weights or a folder.')
 _ADAPTERS = flags.DEFINE_string(

@@ -12,6 +12,7 @@ import traceback
 from absl import flags
 
 from hyperlora.errors import UserError
+from launch import cli
 
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Run as one of several processes.')
 _ADDRESS = flags.DEFINE_string(
@@ -54,8 +55,8 @@ def together():
     hosts.initialize(_ADDRESS.value, _COUNT.value, _ID.value, _TIMEOUT.value)
     try:
         yield
-    except UserError as error:
-        message = ' '.join(str(error).split())
+    except (UserError, ModuleNotFoundError) as error:
+        message = cli.explained(error)
         print(f'error: {message}', file=sys.stderr)
         hosts.fail(message, 2)
     except Exception as error:

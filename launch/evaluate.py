@@ -16,17 +16,19 @@ from hyperlora.evaluation import plots
 from launch import cli
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Evaluation.', lock_config=True)
-_CHECKPOINT = flags.DEFINE_string('checkpoint', 'smollm2-niah', 'Shipped weights or a folder.')
+_CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', None, 'Shipped weights or a folder; default: the shipped weights for it.'
+)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of results.')
 flags.mark_flags_as_required(['config', 'workdir'])
 
-# By config.name: a function (config, checkpoint, workdir).
+# By config.name: the module of `evaluate(config, checkpoint, workdir)`, and the shipped weights.
 _EVALUATIONS = {
-    'eval_composition': 'd2l.composition:evaluate',
-    'eval_images': 'd2l.image_qa:evaluate',
-    'eval_niah': 'd2l.evaluation:evaluate',
-    'eval_qa': 'd2l.qa:evaluate',
-    'eval_t2l': 't2l.evaluation:evaluate',
+    'eval_composition': ('d2l.composition', 'smollm2-docs'),
+    'eval_images': ('d2l.image_qa', 'smollm2-images'),
+    'eval_niah': ('d2l.evaluation', 'smollm2-niah'),
+    'eval_qa': ('d2l.qa', 'smollm2-docs'),
+    'eval_t2l': ('t2l.evaluation', 'smollm2-t2l'),
 }
 
 
@@ -36,8 +38,9 @@ def main(_):
     if name not in _EVALUATIONS:
         raise UserError(f'{name!r} is not an evaluation; known: {", ".join(_EVALUATIONS)}')
     workdir = cli.writable_directory(_WORKDIR.value)
-    module, function = _EVALUATIONS[name].split(':')
-    getattr(importlib.import_module(module), function)(config, _CHECKPOINT.value, workdir)
+    module, shipped = _EVALUATIONS[name]
+    checkpoint = _CHECKPOINT.value or shipped
+    importlib.import_module(module).evaluate(config, checkpoint, workdir)
     plots.to_tensorboard(workdir)
 
 

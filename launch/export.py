@@ -18,9 +18,12 @@ def main(_):
     from hyperlora import checkpointing, trained
 
     _, params, meta = trained.read(_WORKDIR.value)
-    kept = {key: meta[key] for key in ('config', 'base_fingerprint', 'encoder_fingerprint', 'step')}
-    checkpointing.export(_OUTPUT.value, params, kept)
-    print(f'exported step {meta["step"]} of {_WORKDIR.value} to {_OUTPUT.value}')
+    keys = ('config', 'base_fingerprint', 'encoder_fingerprint', 'step')
+    output = cli.writable_directory(_OUTPUT.value)
+    # What launch.convert wrote is of no step.
+    checkpointing.export(output, params, {key: meta[key] for key in keys if key in meta})
+    step = f'step {meta["step"]} of ' if 'step' in meta else ''
+    print(f'exported {step}{_WORKDIR.value} to {output}')
 
 
 if __name__ == '__main__':

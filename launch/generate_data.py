@@ -3,7 +3,7 @@
     python -m launch.generate_data --config=configs/documents.py:squad,FILE --output=DIR
 
 Goes on after the last whole file when it was interrupted. Of several processes (`--distributed`)
-each writes files of its own, on its own devices.
+each writes every n-th file, on its own devices.
 """
 
 import time
@@ -33,7 +33,7 @@ def generate():
     import jax.numpy as jnp
 
     from d2l import distillation, documents, records
-    from hyperlora import lora_table, sharding, trained
+    from hyperlora import hosts, lora_table, sharding, trained
     from hyperlora.evaluation import record
     from hyperlora.models.base import load_base, load_encoder
 
@@ -41,6 +41,8 @@ def generate():
         settings = distillation.Settings(**config.settings)
     except (TypeError, ValueError) as error:
         raise UserError(f'settings of the data: {error}') from error
+    if config.shards < 1 or config.limit < 0:
+        raise UserError('config.shards must be positive, and config.limit not negative')
     found = documents.read([config.source])
     found = found[: config.limit or None]
     if settings.questions in ('given', 'others') and not any(
@@ -54,21 +56,22 @@ def generate():
         'config': {k: v for k, v in config.to_dict().items() if k not in _HARMLESS},
         'reader': record.digest(trained.read(config.reader)[1]) if config.reader else None,
     }
-    todo = []
-    for shard in range(config.shards):
-        path = records.shard_path(output, shard, config.shards)
-        if not records.is_complete(path):
-            todo.append((shard, path))
-        else:
-            records.check_meta(path, meta)
+    hosts.check_agreement({**meta, 'output': str(output.resolve())})
+    paths = [records.shard_path(output, shard, config.shards) for shard in range(config.shards)]
     others = set(output.glob('documents-*')) - {
-        records.shard_path(output, shard, config.shards).with_suffix(suffix)
-        for shard in range(config.shards)
+        path.with_suffix(suffix)
+        for path in paths
         for suffix in ('.array_record', '.json', '.partial')
     }
     if others:
         raise UserError(f'{output} holds other records ({min(others).name}): use another folder')
-    todo = todo[jax.process_index() :: jax.process_count()]
+    todo = []
+    # By number: what is unfinished changes while the others start.
+    for shard, path in list(enumerate(paths))[jax.process_index() :: jax.process_count()]:
+        if not records.is_complete(path):
+            todo.append((shard, path))
+        else:
+            records.check_meta(path, meta)
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
     base = load_base(config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization)
     encoder = load_encoder(config.encoder, config.base_dtype, mesh) if config.encoder else base
@@ -94,6 +97,8 @@ def generate():
             f'ETA {left / 60:.0f} min',
             flush=True,
         )
+    if all(map(records.is_complete, paths)):
+        records.Records(str(output))  # refuses them if all are empty
 
 
 if __name__ == '__main__':

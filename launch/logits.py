@@ -43,13 +43,13 @@ def read_tokens(path: str):
         )
     if mask is not None and mask.shape != tokens.shape:
         raise UserError(f'{path}: attention_mask is {mask.shape}, input_ids are {tokens.shape}')
-    return tokens.astype(np.int32), mask
+    return tokens, mask
 
 
 def main(_):
     tokens, mask = read_tokens(_INPUT.value)
     output = pathlib.Path(_OUTPUT.value)
-    cli.writable_directory(output.parent)
+    output = cli.writable_directory(output.parent) / output.name
     import jax
     import numpy as np
 
@@ -63,7 +63,7 @@ def main(_):
             f'{_INPUT.value}: tokens must be from 0 to {base.config.vocab_size - 1}, '
             f'found {tokens.min()} to {tokens.max()}'
         )
-    params = base.params
+    tokens, params = tokens.astype(np.int32), base.params
     if _ADAPTER.value:
         params = lora.merge(params, adapters.load(_ADAPTER.value, base.config, base.fingerprint))
     segments = None if mask is None else (mask != 0).astype(np.int32)

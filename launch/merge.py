@@ -19,13 +19,13 @@ _DTYPE = flags.DEFINE_enum(
 def main(_):
     from hyperlora import adapters
 
-    config = adapters.read_config(_ADAPTER.value)
+    base = _BASE.value or adapters.base_name(_ADAPTER.value)
     output = cli.writable_directory(_OUTPUT.value)
     if any(output.iterdir()):
         raise UserError(f'{output} is not empty; choose another folder')
     from hyperlora.session import Session
 
-    session = Session(base=_BASE.value or config['base_model_name_or_path'])
+    session = Session(base=base)
     session.save_merged(session.load(_ADAPTER.value), output, _DTYPE.value)
     size = sum(path.stat().st_size for path in output.iterdir())
     print(f'{session.base.name} with {_ADAPTER.value} merged, {size} bytes, in {output}')

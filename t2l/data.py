@@ -59,9 +59,9 @@ class TaskGroups:
         """Tokenizes all training examples that fit into a row.
 
         Args:
-          config: `row_tokens` and `row_labels`; `description_noise`, see `describe`; `gibberish`;
-            `before`, text before answers: after a space the tokens of a word are those that it has
-            in a list or a sentence, so that it can be copied.
+          config: `row_tokens` and `row_labels`; `gibberish`; `description_noise`, see
+            `draw_embedding`; `before`, text before answers: after a space the tokens of a word are
+            those that it has in a list or a sentence, so that it can be copied.
           weights: how often each task is drawn, in proportion.
           embeddings: of the training descriptions of each task, `[descriptions, e]`.
           nonsense: embeddings `[texts, e]` of what describes no task, and (prompt, answer) pairs of
@@ -108,14 +108,14 @@ class TaskGroups:
         embeddings, examples = self.embeddings[task], self.examples[task]
         if self.nonsense and rng.random() < self.config.gibberish:
             embeddings, examples = self.nonsense
-        embedding = describe(rng, embeddings, self.config.description_noise)
+        embedding = draw_embedding(rng, embeddings, self.config.description_noise)
         pairs = (examples[i] for i in rng.permutation(len(examples)))
         query = pack(pairs, self.config.row_tokens, self.config.row_labels)
         context = {'embedding': embedding[None], 'task': np.asarray([task], np.int32)}
         return {'context': context, 'query': query}
 
 
-def describe(rng: np.random.Generator, embeddings: np.ndarray, noise: float) -> np.ndarray:
+def draw_embedding(rng: np.random.Generator, embeddings: np.ndarray, noise: float) -> np.ndarray:
     """An embedding of a task, `[e]` f32, drawn from those of its descriptions, `[descriptions, e]`.
 
     Args:

@@ -21,7 +21,7 @@ from hyperlora.models.base import BaseModel
 from hyperlora.models.embedders import Embedder
 from hyperlora.trained import Trained
 from t2l.collections import collect
-from t2l.data import describe, embed
+from t2l.data import draw_embedding, embed
 
 
 def load_loras(checkpoint: str, base: BaseModel, fits: ConfigDict) -> Trained:
@@ -83,7 +83,7 @@ class Targets:
           loras: parameters of a `LoraTable`, one entry per task.
           embeddings: of the training descriptions of each task, `[descriptions, d]`.
           z_score: whether differences will be divided by the entries' deviation.
-          noise: of the descriptions, see `describe`.
+          noise: of the descriptions, see `draw_embedding`.
           length: items in all.
         """
         self.loras = factors(loras)
@@ -101,7 +101,7 @@ class Targets:
         order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.embeddings))
         task = order[place]
         rng = np.random.default_rng((self.seed, 1, index))
-        embedding = describe(rng, self.embeddings[task], self.noise)
+        embedding = draw_embedding(rng, self.embeddings[task], self.noise)
         target: dict[str, dict[str, np.ndarray]] = {}
         for name, entries in self.loras.items():
             factor, module = name.split('_', 1)

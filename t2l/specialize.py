@@ -19,7 +19,7 @@ class Specializer:
 
     def __init__(self, trained: Trained):
         """Raises UserError if the checkpoint does not read descriptions."""
-        trained.require('text_to_lora')
+        trained.require_contexts('embedding')
         self.trained = trained
         self._generate = jax.jit(trained.hypernetwork.generate)
 

@@ -117,6 +117,10 @@ def truncated(folder):
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def of_another_rank(folder):
+    rewrite(folder, {'r': 4})
+
+
 def without_weights(folder):
     (folder / 'adapter_model.safetensors').unlink()
 
@@ -185,6 +189,7 @@ def with_a_nan(folder):
         (without_config, 'adapter_config.json is missing'),
         (cut_config, 'damaged'),
         (rank_zero, 'damaged'),
+        (of_another_rank, r'down_proj is of rank 2, but adapter_config.json says r = 4'),
         (of_another_kind, "type 'IA3'"),
         (with_dora, r"modules_to_save = \['lm_head'\], use_dora = True are not supported"),
         (with_pissa, "init_lora_weights = 'pissa' are not supported"),
@@ -199,6 +204,43 @@ def test_what_cannot_be_used_is_explained(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
         adapters.load(tmp_path, fingerprint='abc')
+
+
+def test_full_paths_name_modules_of_some_layers(tmp_path):
+    lora = random_lora(0, scaling=1.0)
+    adapters.save(lora, tmp_path, 'some/base')
+    rewrite(tmp_path, {'target_modules': ['model.layers.0.mlp.down_proj', 'q_proj']})
+    rewrite(
+        tmp_path,
+        tensors=lambda found: {
+            key: value for key, value in found.items() if 'q_proj' in key or 'layers.0.' in key
+        },
+    )
+    loaded, wanted = dense(adapters.load(tmp_path)), dense(lora)
+    np.testing.assert_allclose(loaded['q_proj'], wanted['q_proj'], rtol=1e-5)
+    np.testing.assert_allclose(loaded['down_proj'][0], wanted['down_proj'][0], rtol=1e-5)
+    assert not loaded['down_proj'][1:].any()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(adapters.Path, 'write_bytes', full)
+    with pytest.raises(UserError, match=r'cannot write an adapter to .*No space left'):
+        adapters.save(random_lora(0), tmp_path, 'some/base')
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_base_that_an_adapter_names(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    adapters.save(random_lora(0), '~/a', 'some/base', MARK)
+    assert adapters.base_name('~/a') == 'some/base'
+    assert adapters.read_metadata('~/a') == MARK and adapters.load('~/a').rank == 2
+    for name in (None, '', 7):
+        rewrite(tmp_path / 'a', {'base_model_name_or_path': name})
+        with pytest.raises(UserError, match=r'adapter_config.json: base_model_name.* --base'):
+            adapters.base_name('~/a')
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):

@@ -11,6 +11,7 @@ from conftest import TINY, tiny_base
 from ml_collections import ConfigDict
 
 from configs import d2l_docs
+from d2l import internalize
 from d2l.internalize import Answerer, Internalizer, Question
 from hyperlora import hypernetwork
 from hyperlora import lora as lora_lib
@@ -60,9 +61,19 @@ def delta(lora):
     return float(lora.scaling) * np.einsum('lgri,lgro->lgio', pair.a, pair.b)
 
 
-def test_an_odd_number_of_heads():
-    config = ConfigDict({'name': 'associative_memory', 'shape': {**SHAPE, 'num_heads': 3}})
-    with pytest.raises(UserError, match='num_heads must be even, not 3'):
+@pytest.mark.parametrize(
+    'name, value, message',
+    [
+        ('num_heads', 3, 'num_heads must be positive and even, not 3'),
+        ('num_heads', 0, 'num_heads must be positive and even, not 0'),
+        ('num_heads', 6, 'not 6, and divide latent_size .16.'),
+        ('written', 0, 'written must be from 1 to 3, the layers of tiny, not 0'),
+        ('written', 4, 'written must be from 1 to 3'),
+    ],
+)
+def test_bad_shapes(name, value, message):
+    config = ConfigDict({'name': 'associative_memory', 'shape': {**SHAPE, name: value}})
+    with pytest.raises(UserError, match=message):
         hypernetwork.build(config, tiny_base())
 
 
@@ -182,7 +193,7 @@ def test_keys_gather_what_is_around(model):
     assert np.abs(moved(alone)).max() > 1e-5
 
 
-def test_chunks_of_different_lengths_add_up(model):
+def test_chunks_of_different_lengths_add_up(model, monkeypatch):
     internalizer = Internalizer(model)
     text = 'One thing is short. ' * 7 + 'So is the end.'
     tokens = tiny_base().tokenizer.encode(text)
@@ -194,7 +205,14 @@ def test_chunks_of_different_lengths_add_up(model):
     # Answers in a batch are those with the document's own LoRA.
     prompt = tiny_base().tokenizer.prompt('what?')
     other = tiny_base().tokenizer.encode('Another text, and a longer one, without any end')
-    found = Answerer(internalizer)([Question(tokens, prompt), Question(other, prompt)], 6)
+    questions = [Question(tokens, prompt), Question(other, prompt)]
+    found = Answerer(internalizer)(questions, 6)
+    # Ranks are what a batch is bounded by, one for each padded token of a chunk.
+    batches, ranks = [], 64 * len({*chunks, tuple(other)})
+    monkeypatch.setattr(internalize, 'answer', lambda _, p, *__: batches.append(len(p)) or [''])
+    for most in (ranks, ranks - 1):
+        Answerer(internalizer, max_rank=most)(questions, 6)
+    assert batches == [2, 1, 1]
     for document, text in zip((tokens, other), found, strict=True):
         assert answer(tiny_base(), [prompt], 6, lora_lib.round_rank(internalizer(document))) == [
             text

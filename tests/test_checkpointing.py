@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -204,15 +205,14 @@ def test_damaged_and_foreign_records(saved):
         checkpointing.check_meta({'epoch': 1}, META)
 
 
-def test_a_foreign_directory_is_refused_or_ignored(tmp_path):
+def test_a_foreign_directory_is_refused(tmp_path):
     foreign = tmp_path / 'run' / '12'
     foreign.mkdir(parents=True)
     (foreign / 'model.bin').write_bytes(b'hello')
     checkpointer = _open(tmp_path / 'run')
-    step = checkpointer.latest_step()
-    if step is not None:
-        with pytest.raises(UserError, match='step 12'):
-            checkpointer.meta(step)
+    assert checkpointer.latest_step() == 12
+    with pytest.raises(UserError, match='step 12'):
+        checkpointer.meta(12)
     checkpointer.close()
     assert (foreign / 'model.bin').exists()
 
@@ -244,7 +244,7 @@ def test_check_meta():
         checkpointing.check_meta(saved, many)
 
 
-def test_export_round_trip(tmp_path):
+def test_export_round_trip(tmp_path, monkeypatch):
     params = {'a': {'w': jnp.linspace(0, 1, 12).reshape(3, 4), 't': np.arange(6.0).reshape(2, 3).T}}
     params['scale'] = jnp.float32(2.5)
     config = {'rank': 8, 'model': {'name': 'x'}}
@@ -257,6 +257,10 @@ def test_export_round_trip(tmp_path):
         assert value.dtype == np.float32
         np.testing.assert_array_equal(value, jnp.asarray(original, jnp.bfloat16))
     assert [path.name for path in tmp_path.iterdir()] == ['out']
+    # A folder takes the place of a bucket.
+    bucket = types.SimpleNamespace(Path=lambda url: tmp_path / url.removeprefix('gs://bucket/'))
+    monkeypatch.setattr(checkpointing, 'epath', bucket)
+    assert checkpointing.load_export('gs://bucket/out')[1] == config
 
 
 def test_export_keeps_files_that_are_not_its_own(tmp_path):

@@ -18,13 +18,14 @@ from test_reconstruction import write_table
 
 from configs import d2l_niah
 from configs import t2l as t2l_config
-from d2l import evaluation, haystacks, prompts, records
+from d2l import distillation, evaluation, haystacks, prompts, records
 from d2l.internalize import Internalizer
 from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
 from hyperlora import (
     adapters,
     checkpointing,
     generation,
+    hosts,
     hypernetwork,
     lora_table,
     meta_learning,
@@ -204,6 +205,7 @@ def test_merged_model_equals_adapted(command, checkpoint, document, base, tmp_pa
         ({'tokens': [[1]]}, 'holds no input_ids, only tokens'),
         ({'input_ids': [[0.5]]}, 'must be integers [b, s], not float64'),
         ({'input_ids': [[49152]]}, 'from 0 to 49151, found 49152'),
+        ({'input_ids': [[2**32 + 5]]}, 'found 4294967301'),
         ({'input_ids': [[1, 2]], 'attention_mask': [[1]]}, 'attention_mask is (1, 1)'),
     ],
 )
@@ -338,7 +340,7 @@ def test_descriptions_of_tasks_that_were_trained_on(task_checkpoint, base, monke
     assert methods.known_description(whisper, 0, ()) is None
 
 
-def test_export_of_a_training(command, untrained, base, tmp_path):
+def test_export_of_a_training(command, untrained, base, tmp_path, monkeypatch):
     config, params = untrained
     saver = checkpointing.Checkpointer(tmp_path / 'run' / 'checkpoints', 1, 2)
     meta = {
@@ -359,6 +361,16 @@ def test_export_of_a_training(command, untrained, base, tmp_path):
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, 10 * y, rtol=1e-2), model.params, params
         )
+    # What launch.convert writes is of no step.
+    path = tmp_path / 'shipped/config.json'
+    bare = {key: value for key, value in json.loads(path.read_text()).items() if key != 'step'}
+    path.write_text(json.dumps(bare))
+    monkeypatch.setenv('HOME', str(tmp_path))
+    code, out, err = command('export', workdir=tmp_path / 'shipped', output='~/again')
+    assert (code, err) == (0, '') and 'step' not in out
+    assert json.loads((tmp_path / 'again/config.json').read_text()) == bare
+    refused = command('export', workdir=tmp_path / 'shipped', output='gs://bucket/x')
+    assert_mistake(refused, 'gs://bucket/x: not a local directory')
 
 
 def test_quickstart_compares_three_ways(checkpoint, base, capsys):
@@ -404,7 +416,8 @@ def test_a_reader_is_trained_and_teaches(command, checkpoint, base, tmp_path):
     entry = {'text': 'Mara keeps the lighthouse.', 'question': 'Who?', 'answers': ['Mara']}
     data.write_text(json.dumps(entry))
     source = {'config': f'configs/documents.py:jsonl,{data}', 'config_shards': 1}
-    short = {'config_settings.max_answer_tokens': 8}
+    limit = 32  # the answer ends before
+    short = {'config_settings.max_answer_tokens': limit}
     made = {'config_settings.answers': 'given', 'config_settings.entries': 0}
     code, out, err = command('generate_data', output=given, **source, **made)
     assert code == 0 and '1 of 1 documents' in out, err
@@ -425,19 +438,17 @@ def test_a_reader_is_trained_and_teaches(command, checkpoint, base, tmp_path):
     )
     assert code == 0, err
     lora = lora_table.entries(trained.load(str(reader), base), 0)
-    found = [len(records.Records(str(folder))) for folder in (given, taught)]
-    assert found[0] == 1
-    prompt = prompts.in_context_prompt(base, base.tokenizer.encode(entry['text']), 'Who?', 8)
-    (wanted,) = generation.answer(base, [prompt], 8, lora)
-    if found[1]:  # it came to an end
-        query = records.Records(str(taught))[0].queries[0]
-        assert base.tokenizer.decode(query.answer[:-1]) == wanted
-        assert query.teacher_ids.shape == (len(query.answer), 16)
+    assert [len(records.Records(str(folder))) for folder in (given, taught)] == [1, 1]
+    prompt = prompts.in_context_prompt(base, base.tokenizer.encode(entry['text']), 'Who?', limit)
+    (wanted,) = generation.answer(base, [prompt], limit, lora)
+    query = records.Records(str(taught))[0].queries[0]
+    assert base.tokenizer.decode(query.answer[:-1]) == wanted
+    assert query.teacher_ids.shape == (len(query.answer), 16)
     settings = {'config': 'configs/eval_qa.py', 'checkpoint': checkpoint, 'config_data': data}
     code, out, err = command(
         *('evaluate',),
         **settings,
-        **{'config_reader': reader, 'config_methods': 'in_context', 'config_max_new_tokens': 8},
+        **{'config_reader': reader, 'config_methods': 'in_context', 'config_max_new_tokens': limit},
         workdir=tmp_path / 'scores',
     )
     assert code == 0, err
@@ -445,6 +456,50 @@ def test_a_reader_is_trained_and_teaches(command, checkpoint, base, tmp_path):
     assert metrics['documents']['1']['methods']['in_context']['answers'] == [wanted]
     data.write_text(json.dumps({'text': 'Mara keeps the lighthouse.'}))
     assert_mistake(command('generate_data', output=tmp_path / 'none', **source), 'has a question')
+
+
+@pytest.fixture
+def make_data(command, tmp_path, monkeypatch):
+    """Runs generate_data on seven documents, of which the teacher makes one record each."""
+
+    def made(teacher, tokenizer, documents, settings):
+        for document in documents:
+            query = records.Query(np.arange(3), np.arange(2))
+            yield records.Record(document.name, np.arange(5), (query,), (np.arange(6),))
+
+    monkeypatch.setattr(distillation, 'records', made)
+    data = tmp_path / 'a.jsonl'
+    data.write_text('\n'.join(json.dumps({'text': 'a', 'question': 'b?'}) for _ in range(7)))
+    source = {'config': f'configs/documents.py:jsonl,{data}', 'output': tmp_path / 'out'}
+    return functools.partial(command, 'generate_data', **source)
+
+
+def test_processes_make_every_shard_once(make_data, tmp_path, monkeypatch):
+    """Also if one begins when another has ended; all must agree on what they make."""
+    agreed, written = [], []
+    monkeypatch.setattr(hosts, 'check_agreement', agreed.append)
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    for process in range(2):
+        monkeypatch.setattr(jax, 'process_index', lambda i=process: i)
+        code, out, err = make_data(config_shards=5)
+        assert code == 0, err
+        written.append(re.findall(r'documents-0*(\d)-of', out))
+    assert written == [['0', '2', '4'], ['1', '3']]
+    assert len(records.Records(str(tmp_path / 'out'))) == 7
+    assert agreed[0] == agreed[1] and agreed[0]['output'] == str(tmp_path / 'out')
+    assert agreed[0]['config']['shards'] == 5
+
+
+def test_data_that_cannot_be_made(make_data, monkeypatch):
+    for settings, part in (
+        ({'config_shards': 0}, 'shards must be positive'),
+        ({'config_limit': -5}, 'limit not negative'),
+        ({'config_settings.entries': -1}, 'entries must be at least 0'),
+    ):
+        assert_mistake(make_data(**settings), part)
+    monkeypatch.setattr(distillation, 'records', lambda *_: iter(()))
+    code, _, err = make_data()
+    assert code == 2 and err.startswith('error: ') and 'no document had a question' in err
 
 
 # ----------------------------------------------------------------------------------- mistakes
@@ -512,6 +567,9 @@ def test_other_mistakes(command, document, tmp_path):
         assert_mistake(command('quickstart', **half), '--task', '--input')
     assert_mistake(command('quickstart', image=document), f'{document}', 'not an image')
     assert_mistake(command('ask', adapter=tmp_path, question='Who?'), 'adapter_config.json')
+    (tmp_path / 'adapter_config.json').write_text('{"peft_type": "LORA"}')
+    assert_mistake(command('ask', adapter=tmp_path, question='Who?'), 'is None', '--base')
+    assert_mistake(command('merge', adapter=tmp_path, output=tmp_path / 'out'), '--base')
     assert_mistake(
         command('export', workdir=tmp_path, output=tmp_path / 'out'), 'unknown checkpoint'
     )

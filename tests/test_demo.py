@@ -33,7 +33,12 @@ CHROMIUM = '/usr/bin/chromium'
 
 @pytest.fixture
 def engine(model, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(trained, 'load', lambda *_: model)
+    def load(checkpoint, base, quantization):
+        assert quantization == 'none'  # or what is kept could not be merged
+        return model
+
+    monkeypatch.setattr(trained, 'load', load)
+    monkeypatch.setitem(engines._LOADED, 'tasks', 'internalizer')  # there is no other model here
     return Engine('some', 'other')
 
 
@@ -99,13 +104,13 @@ def test_documents_are_switched_scaled_and_forgotten(engine, do):
     assert 'no document' in last(do.remove, 'a', 'some', 'x', outputs=1)[-1]
 
 
-def test_reading_is_reported_and_stopped(engine):
+def test_reading_is_reported_and_stopped(engine, do):
     seen = []
 
     def report(done, about):
         seen.append(done)
         if done:
-            engine.browser('a').stop.set()
+            engine.browser('a').stops += 1
 
     with pytest.raises(UserError, match='stopped; x was not'):
         engine.internalize('a', 'some', 'x', TEXTS[0] * 3 + TEXTS[1], report)
@@ -113,16 +118,43 @@ def test_reading_is_reported_and_stopped(engine):
     seen.clear()
     engine.internalize('a', 'some', 'x', TEXTS[0], lambda done, _: seen.append(done))
     assert seen[0] == 0 and seen[-1] == 1 and seen == sorted(seen)
+    # Stopped while it waited for its turn.
+    asked = engine.browser('a').stops
+    last(do.stop, 'a')
+    stopped = last(do.internalize, 'a', 'some', TEXTS[1], None, asked, outputs=1)[-1]
+    assert 'stopped; ' in stopped and list(engine.memory('a', 'some').documents) == ['x']
+
+
+def test_pasted_documents_that_begin_alike(engine, do):
+    texts = [f'{"a" * 40} {n}.' for n in range(3)]
+    for text in [*texts, *texts[::-1]]:
+        last(do.internalize, 'a', 'some', text, None, outputs=1)
+    name = 'a' * 40
+    names = [name, f'{name} (2)', f'{name} (3)']
+    assert list(engine.memory('a', 'some').documents) == names
+    last(do.remove, 'a', 'some', name, outputs=1)
+    last(do.internalize, 'a', 'some', texts[1], None, outputs=1)
+    assert list(engine.memory('a', 'some').documents) == names[1:]
+
+
+def test_the_example_chooses_weights_that_find_it(engine, do):
+    reader, document, *_, status = last(do.example, 'a', 'some', outputs=4)
+    assert reader == 'smollm2-niah' and status.split()[0] in document
 
 
 def test_memory_is_bounded(engine, monkeypatch):
     engine.internalize('a', 'some', 'x', TEXTS[0])
     size = engine.browser('a').nbytes
-    monkeypatch.setattr(engines, '_BROWSER_BYTES', 2.5 * size)
+    monkeypatch.setattr(engines, '_BROWSER_BYTES', 2.2 * size)
     engine.internalize('a', 'some', 'y', TEXTS[0])
     with pytest.raises(UserError, match='no room for z'):
         engine.internalize('a', 'some', 'z', TEXTS[0])
-    assert list(engine.memory('a', 'some').documents) == ['x', 'y']
+    memory = engine.memory('a', 'some')
+    memory.scale('x', 0.5)
+    before = dict(memory.documents)
+    with pytest.raises(UserError, match='no room for x'):  # a longer one than there is
+        engine.internalize('a', 'some', 'x', TEXTS[0] + TEXTS[1])
+    assert memory.documents == before and memory.scales == {'x': 0.5, 'y': 1.0}
     monkeypatch.setattr(engines, '_ALL_BYTES', 2.5 * size)
     engine.internalize('b', 'some', 'x', TEXTS[0])
     assert engine.browser('b').nbytes == size and not engine.browser('a').nbytes
@@ -184,6 +216,18 @@ def test_twenty_at_once(engine, do):
         page.close()
 
 
+def test_weights_for_tasks_are_found_out_at_once(engine, monkeypatch):
+    def load(checkpoint, *_):
+        if checkpoint == 'typo':
+            raise UserError('unknown checkpoint')
+        return engine.session.internalizer.trained
+
+    monkeypatch.undo()
+    monkeypatch.setattr(trained, 'load', load)
+    with pytest.raises(UserError, match='unknown checkpoint'):
+        Engine('some', 'typo')
+
+
 def test_images(engine, do, tmp_path, monkeypatch):
     status = last(do.ask_image, 'a', 'none', None, 'What?', outputs=3)[-1]
     assert 'choose an image' in status
@@ -222,6 +266,10 @@ def test_a_table_of_inputs(engine, do, tmp_path, monkeypatch):
     assert [row['answer'] for row in rows] == engine.session.ask_all(inputs, adapter, 32)
     path.write_text('id\n')
     assert '0 inputs' in last(do.ask_table, 'a', 'other', 'A task.', str(path), outputs=1)[-1]
+    path.write_text(f'id\nWho?\n{"a" * 300}\n')
+    monkeypatch.setattr(engine.session, 'ask_all', lambda *_: 1 / 0)
+    refused = last(do.ask_table, 'a', 'other', 'A task.', str(path), outputs=1)[-1]
+    assert refused.startswith('row 2 (aaa') and 'do not fit into the window of 256' in refused
     assert 'choose a CSV' in last(do.ask_table, 'a', 'other', 'A task.', None, outputs=1)[-1]
 
 
@@ -310,7 +358,8 @@ def url(tmp_path_factory):
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp('server')
-    command = [sys.executable, '-m', 'launch.demo', f'--adapters={folder}', f'--port={port}']
+    command = [sys.executable, '-m', 'launch.demo', '--documents=smollm2-niah']
+    command += [f'--adapters={folder}', f'--port={port}']
     with open(folder / '.log', 'w') as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_base, tiny_training
+from conftest import TINY, tiny_base, tiny_training
 from ml_collections import ConfigDict
 
 from configs import d2l_docs
@@ -115,12 +115,21 @@ def test_articles_without_a_title(tmp_path):
     assert [d.name for d in documents.read_squad(path)] == ['0/0', '1/0']
 
 
+def squad(context, question, answer):
+    paragraph = {'context': context, 'qas': [{'question': question, 'answers': [{'text': answer}]}]}
+    return json.dumps({'data': [{'title': 'T', 'paragraphs': [paragraph]}]})
+
+
 @pytest.mark.parametrize(
     'reader, content, message',
     [
         ('squad', '{"data": [', ':1: not valid JSON'),
         ('squad', '{"data": [{"paragraphs": [{"qas": []}]}]}', 'layout of SQuAD .*context'),
         ('squad', '[]', 'layout of SQuAD'),
+        (*('squad', squad(None, 'a?', 'b')), 'file, T/0: no text under'),
+        (*('squad', squad(4, 'a?', 'b')), 'file, T/0: no text under'),
+        (*('squad', squad('a', None, 'b')), 'file, T/0: questions must be a list of texts'),
+        (*('squad', squad('a', 'a?', None)), 'file, T/0: the answers .* list of texts'),
         ('jsonl', '{"text": "a"}\n{"text"', ':2: not valid JSON'),
         ('jsonl', '{"text": "a"}\n{"title": "b"}', ':2: no text under'),
         ('jsonl', '{"text": "a", "questions": ["b"], "answers": []}', '1 questions, but 0 answers'),
@@ -354,6 +363,27 @@ def test_records_of_several_files(tmp_path):
         Records(tmp_path / 'none')
 
 
+def test_no_record_at_all(tmp_path):
+    for shard in range(2):
+        records.write_shard(records.shard_path(tmp_path, shard, 2), [], {})
+    with pytest.raises(UserError, match='no document had a question'):
+        Records(tmp_path)
+
+
+def test_a_full_disk(tmp_path):
+    path = records.shard_path(tmp_path, 0, 1)
+    path.with_suffix('.partial').symlink_to('/dev/full')
+    with pytest.raises(UserError, match='cannot write .* make room, then run again'):
+        records.write_shard(path, [record()], {})
+    # Without an index what is left is known to generate_data, which writes it again.
+    path.with_suffix('.partial').unlink()
+    path.with_suffix('.json').mkdir()
+    with pytest.raises(UserError, match='cannot write'):
+        records.write_shard(path, [record()], {})
+    left = {found.suffix for found in tmp_path.iterdir()}
+    assert left == {'.array_record', '.partial', '.json'}
+
+
 # ------------------------------------------------------------------------------------- teacher
 
 
@@ -430,6 +460,29 @@ def test_questions_about_other_documents(teacher, monkeypatch):
         assert query.answer.tolist() == [80, 3] and query.teacher_ids.shape == (2, 2)
 
 
+@pytest.mark.parametrize('questions', ['given', 'others'])
+def test_what_does_not_fit_into_the_window(teacher, monkeypatch, questions):
+    """A question is left out rather than its document cut, and fits with its answer."""
+    monkeypatch.setattr(
+        Teacher, 'answer', lambda self, prompts, limit: [np.asarray([80, 3])] * len(prompts)
+    )
+    prompt, room = teacher.base.tokenizer.prompt, TINY.max_length - 16
+    text = 'x' * 100
+    whole = text + '\n\n' if questions == 'given' else ''
+    longest = 'q' * (room - len(prompt(whole)))
+    sources = [
+        Document('both', text, (Question('Who?'), Question(longest), Question(longest + 'q'))),
+        Document('long', text, (Question(longest + 'q'),)),
+        Document('large', 'x' * TINY.max_length, (Question('Who?'),)),
+    ]
+    settings = Settings(questions, 3, max_answer_tokens=16, entries=0)
+    (made,) = distillation.records(teacher, teacher.base.tokenizer, sources, settings)
+    # Of the two documents that fit, each is asked about the other one where that is wanted.
+    assert made.name == ('both' if questions == 'given' else 'long')
+    wanted = [prompt(f'{whole}{text}') for text in ('Who?', longest)]
+    assert [p.tolist() for p in made.teacher_prompts] == wanted
+
+
 def test_words_are_said_without_being_asked(teacher):
     found = documents.read([documents.source('words,40')])
     assert found == documents.read([{'reader': 'words', 'count': 40, 'seed': 0}])
@@ -462,6 +515,9 @@ def test_questions_are_found_in_what_the_teacher_writes(teacher, monkeypatch):
         ({'answers': 'none'}, 'answers must be one of given'),
         ({'questions': 'both', 'answers': 'given'}, 'no given answers'),
         ({'questions': 'others', 'answers': 'given'}, 'answers .* generated'),
+        ({'entries': -1}, 'entries must be at least 0, not -1'),
+        ({'max_answer_tokens': 0}, 'max_answer_tokens must be at least 1'),
+        ({'questions_per_document': 0}, 'questions_per_document must be at least 1'),
     ],
 )
 def test_bad_settings(settings, message):

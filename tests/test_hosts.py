@@ -10,7 +10,6 @@ import os
 import pathlib
 import re
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -67,11 +66,9 @@ def alone(tmp_path_factory, base_folder):
 
 def train_alone(workdir, base_folder, config):
     config.base = str(base_folder)
-    handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meta_learning, 'load_base', load_tiny)
         meta_learning.train(config, str(workdir))
-    signal.signal(signal.SIGTERM, handler)
     return metrics_of(workdir)
 
 
@@ -144,9 +141,9 @@ def finish(processes, timeout=300):
 
 
 def succeed(processes, code=0):
-    results = finish(processes)
-    assert [found for found, _ in results] == [code] * len(processes), '\n'.join(o for _, o in results)
-    return [output for _, output in results]
+    codes, outputs = zip(*finish(processes), strict=True)
+    assert set(codes) == {code}, '\n'.join(outputs)
+    return outputs
 
 
 def test_two_processes_are_one(alone, base_folder, tmp_path):
@@ -280,6 +277,36 @@ def test_a_failure_of_one_host_ends_all(base_folder, tmp_path, monkeypatch):
     assert re.search(r'error: host 1 \(\S+\): no model on this disk', output)
 
 
+def test_a_package_that_is_missing(base_folder, tmp_path, monkeypatch):
+    """A user's mistake, which no restart mends."""
+    monkeypatch.setenv('LACKS', '1')
+    ((code, output),) = finish(start(1, base_folder, tmp_path))
+    assert code == 2 and 'Traceback' not in output, output
+    assert 'error: the package of_an_extra is not installed' in output
+
+
+def test_hosts_that_finish_early_wait(monkeypatch):
+    """Those that make data end hours apart; JAX would kill all after 5 minutes."""
+
+    def initialize(*_, **settings):
+        assert settings['shutdown_timeout_seconds'] > 7 * 24 * 3600
+        raise ValueError('no cluster')
+
+    monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+    with pytest.raises(UserError, match='no cluster'):
+        hosts.initialize(None, None, None, 60)
+
+
+def test_hosts_compare_all_their_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts, '__file__', str(tmp_path / 'hyperlora' / 'hosts.py'))
+    found = set()
+    for name in ('hyperlora/hosts.py', 'd2l/facts.yaml', 't2l/descriptions/task.yaml'):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text('a: 1')
+        found.add(hosts._code())
+    assert len(found) == 3
+
+
 def test_processes_are_not_told_apart_without_the_flag(base_folder, tmp_path):
     ((code, output),) = finish(start(2, base_folder, tmp_path, ['--nodistributed'], only=[1]))
     assert code == 2 and 'needs --distributed' in output
@@ -305,6 +332,8 @@ def main():
     def load(*args):
         if os.environ.get('FAILS') == str(jax.process_index()):
             raise UserError('no model on this disk')
+        if os.environ.get('LACKS'):
+            import of_an_extra  # noqa: F401
         return load_tiny(*args)
 
     meta_learning.load_base = load

@@ -137,6 +137,8 @@ def test_long_documents_are_folded_without_loss(model, monkeypatch):
     lora = Internalizer(model)(tokens)
     assert lora.rank == 32  # the width of the tiny base
     assert_same(delta(lora), direct(model, tokens))
+    monkeypatch.undo()  # so is what is read at once
+    assert Internalizer(model).chunks(tokens).rank == 32
 
 
 def with_gate(model, value):
@@ -180,7 +182,7 @@ def test_many_answers_are_each_ones_answer(model):
     assert len(set(alone)) > 3  # the documents matter
     questions = [Question(tokens, prompt) for tokens in documents]
     assert Answerer(internalizer, max_rows=4)(questions, 6) == alone
-    assert Answerer(internalizer, max_chunks=5)(questions, 6) == alone
+    assert Answerer(internalizer, max_rank=5 * 8)(questions, 6) == alone
     assert Answerer(Internalizer(with_gate(model, -50.0)))(questions[:3], 6) == answer(
         model.base, [prompt] * 3, 6, Internalizer(with_gate(model, -50.0))(documents[0])
     )

@@ -223,11 +223,8 @@ def load_tiny(name, dtype, mesh, quantization):
 
 @pytest.fixture(autouse=True)
 def on_the_tiny_base(monkeypatch):
-    """Trains on the tiny base; a handler of SIGTERM that a training leaves is removed."""
+    """Trains on the tiny base."""
     monkeypatch.setattr(meta_learning, 'load_base', load_tiny)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 def metrics_of(workdir):
@@ -251,13 +248,11 @@ def checkpoints_of(workdir):
 def straight(tmp_path_factory):
     """An uninterrupted training: workdir, final state, what it printed."""
     workdir = tmp_path_factory.mktemp('straight')
-    handler = signal.getsignal(signal.SIGTERM)
     printed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meta_learning, 'load_base', load_tiny)
         patch.setattr(meta_learning, 'print', lambda text, **_: printed.append(text), raising=False)
         state = value_of(meta_learning.train(tiny_training(), str(workdir)))
-    signal.signal(signal.SIGTERM, handler)
     return workdir, state, printed
 
 
@@ -283,8 +278,8 @@ def stop_at(monkeypatch, step):
     """Sends SIGTERM to this process at the end of a step."""
     update = meta_learning.Progress.update
 
-    def patched(self, now, examples):
-        update(self, now, examples)
+    def patched(self, now, rows):
+        update(self, now, rows)
         if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -292,9 +287,11 @@ def stop_at(monkeypatch, step):
 
 
 def test_a_run_in_two_parts_is_the_same_run(straight, tmp_path, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         state = meta_learning.train(tiny_training(), str(tmp_path))
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert int(state.step) == 3 and checkpoints_of(tmp_path) == [2, 3]
     resumed = meta_learning.train(tiny_training(), str(tmp_path))
     assert 'resumed at step 3' in capsys.readouterr().out
@@ -377,6 +374,21 @@ def test_another_base_is_refused(straight, tmp_path, monkeypatch):
 def test_unknown_parts_are_refused(tmp_path, part, name, message):
     config = tiny_training()
     config[part].name = name
+    with pytest.raises(UserError, match=message):
+        meta_learning.train(config, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'log_every': 0}, 'config.log_every must be positive, not 0'),
+        ({'checkpoint_every': -1}, 'config.checkpoint_every'),
+        ({'optimizer': {'steps': 7}}, 'the data have 6 steps, the training 7: set config.data.st'),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(tmp_path, change, message):
+    config = tiny_training()
+    config.update(change)
     with pytest.raises(UserError, match=message):
         meta_learning.train(config, str(tmp_path))
 

@@ -105,10 +105,10 @@ def test_progress_leaves_out_the_first_step(monkeypatch):
     now = 1002.0
     for step in (12, 13, 14, 15):
         progress.update(step, examples=8)
-    assert progress.rates() == {'steps_per_second': 2.0, 'examples_per_second': 16.0}
+    assert progress.rates() == {'steps_per_second': 2.0, 'rows_per_second': 16.0}
     assert (
         progress.line(1.25)
-        == 'step 15/110  loss 1.2500  2.00 steps/s  16.0 examples/s  ETA 0:00:48'
+        == 'step 15/110  loss 1.2500  2.00 steps/s  16.0 rows/s  ETA 0:00:48'
     )
 
 
@@ -119,7 +119,7 @@ def test_progress_forgets_how_fast_an_earlier_stage_was(monkeypatch):
     for step, pause in enumerate([1, 1, 1, 4, 4], start=1):
         now += pause
         progress.update(step, examples=2)
-    assert progress.rates() == {'steps_per_second': 0.25, 'examples_per_second': 0.5}
+    assert progress.rates() == {'steps_per_second': 0.25, 'rows_per_second': 0.5}
 
 
 def test_plots_are_shown_in_tensorboard(tmp_path):

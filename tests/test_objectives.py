@@ -12,7 +12,7 @@ from test_d2l_golden import hypernetwork
 
 from d2l.context_encoders import early_exit
 from d2l.upstream import params_from_upstream
-from hyperlora import objectives
+from hyperlora import lora, objectives
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.lora import Lora, LoraPair
@@ -238,3 +238,6 @@ def test_l1_by_hand():
     # on average, B twice that.
     assert objectives.l1_of_generated(chunks, shared, mask, 2.0, 2) == pytest.approx(2 * 3 * 11 / 3)
     assert objectives.l1_of_generated(chunks, None, mask, 2.0, 2) == pytest.approx(2 * 3 / 2)
+    # A shared LoRA of twice the rank, with as large entries, weighs as much.
+    wide = lora.concatenate(shared, shared)
+    assert objectives.l1_of_generated(chunks, wide, mask, 2.0, 2) == pytest.approx(2 * 3 * 11 / 3)

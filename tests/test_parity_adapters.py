@@ -66,6 +66,7 @@ ALL = list(lora_lib.MODULES)
         {'r': 3, 'lora_alpha': 7, 'target_modules': ALL, 'use_rslora': True, 'lora_dropout': 0.1},
         {'r': 2, 'lora_alpha': 8, 'target_modules': ['down_proj'], 'layers_to_transform': [0, 2]},
         {'r': 2, 'target_modules': r'.*\.1\..*(q_proj|up_proj)', 'init_lora_weights': 'gaussian'},
+        {'r': 2, 'target_modules': ['model.layers.0.self_attn.q_proj']},
         {'r': 2, 'target_modules': ['k_proj', 'o_proj'], 'exclude_modules': r'.*\.2\..*k_proj'},
     ],
     ids=lambda settings: '-'.join(settings),
@@ -159,6 +160,7 @@ def test_merged_model_in_transformers(internalised):
     command('merge', f'--adapter={folder / "adapter"}', f'--output={folder / "merged"}')
     adapter = adapters.load(folder / 'adapter', base.config, base.fingerprint)
     merged = torch_base(folder / 'merged')
+    assert merged.generation_config.eos_token_id == base.tokenizer.eos_id
     close(logits(base.config, base.params, tokens, adapter), run(merged, tokens)[0], 1e-4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / 'merged')
     turns = [{'role': 'user', 'content': 'Why  1984?'}]

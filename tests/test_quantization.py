@@ -99,8 +99,12 @@ def test_the_error_is_half_a_step_of_the_channel(path, kind, levels, block, dtyp
     assert (error > half_step / 2).any()
 
 
-def test_norms_and_biases_are_kept():
-    for path in ('layers/attention_norm/scale', 'layers/attention/q_proj/bias'):
+def test_norms_biases_and_eyes_are_kept():
+    for path in (
+        'layers/attention_norm/scale',
+        'layers/attention/q_proj/bias',
+        'vision_tower/position_embedding',
+    ):
         array = jnp.ones((2, 8))
         assert quantize(path, array, 'int8') is array
 

@@ -114,8 +114,8 @@ def test_training_towards_loras(base, tmp_path, monkeypatch):
     half = tmp_path / 'half'
     update = meta_learning.Progress.update
 
-    def preempt(self, step, examples):
-        update(self, step, examples)
+    def preempt(self, step, rows):
+        update(self, step, rows)
         if step == 20:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -1,6 +1,8 @@
 """The way in from Python: the same as the parts it is made of."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,7 @@ def test_a_document(session, tmp_path):
     wanted = answer(base, prompts, 8, adapter.lora)
     assert session.ask_all(questions, adapter, 8) == wanted != session.ask_all(questions, None, 8)
     assert [session.ask(text, adapter.lora, 8) for text in questions] == wanted
+    assert session.ask_all([], adapter) == []
     assert [''.join(session.stream(text, adapter, 8)) for text in questions] == wanted
     session.save(adapter, tmp_path / 'a' / 'b')
     found = session.load(tmp_path / 'a' / 'b')
@@ -88,6 +91,31 @@ def test_adapters_of_different_modules_add_up(session):
     np.testing.assert_allclose(hidden(base.params, both.lora), hidden(merged), atol=1e-4)
     with pytest.raises(ValueError):
         session.compose(one, two, scales=(1.0,))
+    without = session.compose(one, two, scales=(0, 1))
+    np.testing.assert_allclose(
+        hidden(base.params, without.lora), hidden(lora.merge(base.params, two)), atol=1e-4
+    )
+
+
+def test_a_merged_model_stops_where_answers_end(tiny, tmp_path, monkeypatch):
+    """And is complete once it has a config.json."""
+    replace, order = Path.replace, []
+
+    def write(_, folder):
+        Path(folder, 'tokenizer.json').write_text('{}')
+
+    def replaced(path, target):
+        if Path(target).parent == tmp_path:
+            order.append(path.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(CharTokenizer, 'save', write, raising=False)
+    monkeypatch.setattr(Path, 'replace', replaced)
+    Session(base=tiny).save_merged(random_lora(tiny, ('q_proj',)), tmp_path)
+    config = json.loads((tmp_path / 'generation_config.json').read_text())
+    assert config == {'eos_token_id': CharTokenizer.eos_id}
+    assert len(order) == 4 and order[-1] == 'config.json'
+    assert {path.name for path in tmp_path.iterdir()} == {*order}
 
 
 def test_a_stream_ends_where_the_answer_ends(tiny):

@@ -24,7 +24,7 @@ from hyperlora.models.base import load_params
 from hyperlora.models.decoder import Decoder
 from hyperlora.upstream import convert
 from t2l import data as t2l_data
-from t2l.data import TaskGroups, describe
+from t2l.data import TaskGroups, draw_embedding
 from t2l.hypernetwork import TextToLora, TextToLoraConfig
 from t2l.tasks import Example, Task
 from t2l.upstream import params_from_upstream
@@ -412,10 +412,10 @@ def test_what_the_base_model_says_by_itself(smollm2):
 def test_described_by_a_region():
     rng = np.random.default_rng(0)
     embeddings = 3 * rng.standard_normal((5, 400)).astype(np.float32)
-    plain = [describe(rng, embeddings, 0.0) for _ in range(40)]
+    plain = [draw_embedding(rng, embeddings, 0.0) for _ in range(40)]
     assert {tuple(x) for x in plain} == {tuple(x) for x in embeddings}
     for noise in (1e-6, 0.5):
-        drawn = describe(rng, embeddings, noise)
+        drawn = draw_embedding(rng, embeddings, noise)
         assert drawn.dtype == np.float32
         weights, *_ = np.linalg.lstsq(embeddings.T, drawn)
         # Near a point between two of them, away from it by noise in all directions.

@@ -13,6 +13,7 @@ import yaml
 from ml_collections import ConfigDict
 
 from configs.t2l import HELD_OUT
+from configs.t2l import get_config as t2l_config
 from hyperlora.errors import UserError
 from t2l import benchmarks, collections, generated, records, tasks
 from t2l.collections import SAME_TASK, collect
@@ -902,6 +903,17 @@ def test_proposed_hold_out_of_generated_tasks():
     found = collection(source)
     assert {task.name for task in found.held_out} == set(HELD_OUT['generated'])
     assert len(found.train) + len(found.held_out) == len(generated.RECIPES)
+
+
+def test_a_folder_may_lack_the_tasks_to_hold_out(tmp_path):
+    write(tmp_path / 'fv_antonym.json', json_task(name='fv_antonym'))
+    write(tmp_path / 'opposites.json', json_task())
+    sources = t2l_config(f'smollm2,{tmp_path}').data.sources
+    found = collection(sources[0])
+    assert [task.name for task in found.held_out] == ['fv_antonym']
+    assert [task.name for task in found.train] == ['opposites']
+    with pytest.raises(UserError, match='at most 3 fields.*smollm2,a,b,c'):
+        t2l_config('smollm2,a,b,c')
 
 
 def test_shared_tasks():

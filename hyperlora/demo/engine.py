@@ -10,6 +10,7 @@ import collections
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ _MAX_BROWSERS = 1000
 _EXAMPLE_TOKENS = 10_000  # past SmolLM2's window of 8192
 _USUAL_TOKENS = 2000  # of a document
 _ROWS_AT_ONCE = 32
+_ANSWER_TOKENS = 32  # of a row
 # Kind of checkpoint -> what of a session loads it.
 _LOADED = {
     'documents': 'internalizer',
@@ -45,14 +47,16 @@ class Browser:
     Attributes:
       memories: checkpoint -> its documents.
       notes: (checkpoint, name of a document) -> its size, in words.
+      texts: (checkpoint, name of a document) -> the hash of its text.
       tasks: (checkpoint, description) of the last task -> its LoRA.
-      stop: set when reading a document shall end.
+      stops: how often reading was stopped: what was asked for before the last time ends.
     """
 
     memories: dict[str, Memory] = dataclasses.field(default_factory=dict)
     notes: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    texts: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     tasks: dict[tuple[str, str], Adapter] = dataclasses.field(default_factory=dict)
-    stop: threading.Event = dataclasses.field(default_factory=threading.Event)
+    stops: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -124,15 +128,17 @@ class Engine:
           documents, tasks: checkpoints that are offered first; see `trained.load`.
 
         Raises:
-          UserError: the first cannot be loaded.
+          UserError: one of them cannot be loaded.
         """
         self.documents = shipped(('d2l_niah', 'd2l_docs'), documents)
         self.tasks = shipped(('t2l',), tasks)
         self.images = shipped(('d2l_images',))
+        self.needles = shipped(('d2l_niah',))
         self.lock = threading.RLock()
         self._browsers: collections.OrderedDict[str, Browser] = collections.OrderedDict()
         self._sessions: dict[tuple[str, str], Session] = {}
         self.session = self.reader(documents)
+        self._load('tasks', tasks)
 
     def reader(self, checkpoint: str) -> Session:
         """The session that internalises documents with a checkpoint of `documents`."""
@@ -144,7 +150,10 @@ class Engine:
         with self.lock:
             if (kind, checkpoint) not in self._sessions:
                 first = next(iter(self._sessions.values()), None)
-                session = Session(**{kind: checkpoint}, base=first and first.base)
+                # Of a quantized base, as some are trained with, nothing could be merged.
+                session = Session(
+                    **{kind: checkpoint}, base=first and first.base, quantization='none'
+                )
                 getattr(session, _LOADED[kind])
                 self._sessions[kind, checkpoint] = session
             return self._sessions[kind, checkpoint]
@@ -175,6 +184,16 @@ class Engine:
         with self.lock:
             return memories.setdefault(checkpoint, session.memory())
 
+    def free_name(self, me: str, checkpoint: str, name: str, text: str) -> str:
+        """That of the document with this text; or else `name`, numbered if another has it."""
+        texts = self.browser(me).texts
+        with self.lock:
+            kept = self.memory(me, checkpoint).documents
+            same = [x for x in kept if texts.get((checkpoint, x)) == hash(text)]
+            numbered = (f'{name} ({n})' for n in itertools.count(2))
+            free = (x for x in itertools.chain([name], numbered) if x not in kept)
+            return same[0] if same else next(free)
+
     def internalize(
         self,
         me: str,
@@ -182,36 +201,43 @@ class Engine:
         name: str,
         text: str,
         report: Callable[[float, str], None] = lambda done, about: None,
+        stops: int | None = None,
     ) -> str:
         """Adds a document, in place of one of the same name.
+
+        Args:
+          stops: `Browser.stops` when this was asked for; None for now.
 
         Returns:
           Its tokens, chunks and bytes, in words.
 
         Raises:
-          UserError: the browser's share of the memory is full, or `Browser.stop` was set.
+          UserError: the browser's share of the memory is full, or it was stopped; what was there
+            is kept.
         """
         browser, memory = self.browser(me), self.memory(me, checkpoint)
         session = self.reader(checkpoint)
         tokens = session.tokens(text)
         about = f'{len(tokens):,} tokens in {len(session.internalizer.split(tokens)):,} chunks'
-        browser.stop.clear()
+        stops = browser.stops if stops is None else stops
 
         def advance(done):
             report(done, about)
-            if browser.stop.is_set():
+            if browser.stops > stops:
                 raise UserError(f'stopped; {name} was not internalised')
 
-        report(0, about)
+        advance(0)
         with self.lock:
+            before = dict(memory.documents), dict(memory.scales)
             memory.add(name, tokens, report=advance)
             if browser.nbytes > _BROWSER_BYTES:
-                memory.remove(name)
+                memory.documents, memory.scales = before
                 raise UserError(f'there is no room for {name}; remove another document first')
             kept = memory.documents[name].nbytes
         cache = session.cache_nbytes(text)
         about += f'; LoRA {kept / 1e6:.1f} MB; in the prompt: {cache / 1e6:,.1f} MB of KV cache'
         browser.notes[checkpoint, name] = about
+        browser.texts[checkpoint, name] = hash(text)
         return about
 
     def documents_adapter(self, me: str, checkpoint: str) -> Adapter | None:
@@ -273,12 +299,24 @@ class Engine:
     def answer_all(
         self, adapter: Adapter, inputs: Sequence[str], report: Callable[[float], None]
     ) -> list[str]:
-        """Answers to many inputs, other requests in between."""
+        """Answers to many inputs, other requests in between.
+
+        Raises:
+          UserError: an input does not fit into the window; its row is named.
+        """
+        window = self.session.base.config.max_length
+        for row, text in enumerate(inputs, 1):
+            tokens = len(self.session.prompt(text, _ANSWER_TOKENS)) + _ANSWER_TOKENS
+            if tokens > window:
+                raise UserError(
+                    f'row {row} ({text[:20]}...): {tokens} tokens with the answer do not fit into '
+                    f'the window of {window}; shorten it'
+                )
         answers: list[str] = []
         while len(answers) < len(inputs):
             with self.lock:
                 some = inputs[len(answers) : len(answers) + _ROWS_AT_ONCE]
-                answers += self.session.ask_all(some, adapter, 32)
+                answers += self.session.ask_all(some, adapter, _ANSWER_TOKENS)
             report(len(answers) / len(inputs))
         return answers
 

@@ -43,24 +43,33 @@ class Handlers:
 
     # ---- documents
 
-    def internalize(self, me, checkpoint, text, path):
+    def internalize(self, me, checkpoint, text, path, stops=None):
         """Yields (a mark that the list of documents has changed, status)."""
         name, text = engines.read_document(text, path)
+        if not path:  # the name is but how the text begins
+            name = self.engine.free_name(me, checkpoint, name, text)
         progress, start = gr.Progress(), time.perf_counter()
         about = self.engine.internalize(
-            me, checkpoint, name, text, lambda done, about: progress(done, f'Reading {about}')
+            me,
+            checkpoint,
+            name,
+            text,
+            lambda done, about: progress(done, f'Reading {about}'),
+            stops,
         )
         seconds = time.perf_counter() - start
         yield secrets.token_hex(4), f'{name}: {about}. Internalised in {seconds:.1f} s.'
 
     def stop(self, me):
-        self.engine.browser(me).stop.set()
+        self.engine.browser(me).stops += 1
         yield ('Stopping.',)
 
-    def example(self, me):
-        """Yields (document, no file, question, status)."""
+    def example(self, me, checkpoint):
+        """Yields (weights that find needles, document, no file, question, status)."""
         document, question, number = self.engine.example(time.time_ns())
-        yield document, None, question, f'{number} is hidden in the document; internalise it, ask.'
+        reader = next(iter(self.engine.needles), checkpoint)
+        status = f'{number} is hidden in the document; internalise it, ask.'
+        yield reader, document, None, question, status
 
     def scale(self, me, checkpoint, name, on, factor):
         self.engine.memory(me, checkpoint).scale(name, factor if on else 0.0)
@@ -225,6 +234,8 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
         # An id that only this browser knows outlives a reload.
         me = gr.BrowserState('')
         changed = gr.State('')
+        # Travels with each request, as a State of the server would not.
+        stops = gr.BrowserState(0)
 
         def on(trigger, handler, inputs, outputs, status, queued=True):
             # One worker for all that computes, in the order of asking.
@@ -292,9 +303,17 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
             with gr.Row():
                 name = gr.Textbox(label='Name to keep the documents under, as one adapter')
                 keep = gr.Button('Keep the documents')
-            on(read.click, do.internalize, [reader, text, file], [changed], status)
+            # Out of turn, so that Stop reaches what waits in the queue too.
+            asked = read.click(
+                lambda me: engine.browser(me).stops if me else 0,
+                me,
+                stops,
+                queue=False,
+                api_visibility='private',
+            )
+            on(asked.then, do.internalize, [reader, text, file, stops], [changed], status)
             on(stop.click, do.stop, [], [], status, queued=False)
-            on(example.click, do.example, [], [text, file, question], status)
+            on(example.click, do.example, [reader], [reader, text, file, question], status)
             for trigger in (ask.click, question.submit):
                 answers = [with_documents, without]
                 on(trigger, do.ask_documents, [reader, question], answers, status)

@@ -83,10 +83,6 @@ class Shelf:
                 (folder / file).write_bytes(content)
             try:
                 session.load(folder)
-            except UserError as error:
-                raise UserError(
-                    str(error).replace(f'{folder}/', '').replace(str(folder), name)
-                ) from error
             except (OverflowError, RecursionError, AttributeError) as error:
                 raise UserError(f'adapter_config.json is damaged ({error!r})') from error
 
@@ -119,6 +115,9 @@ class Shelf:
             partial.rename(self.folder / name)
         except OSError as error:
             raise UserError(f'cannot keep {name} ({error.strerror})') from error
+        except UserError as error:  # nobody's business where the shelf is
+            message = str(error).replace(f'{partial}/', '').replace(str(partial), name)
+            raise UserError(message) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

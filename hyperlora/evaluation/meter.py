@@ -20,13 +20,14 @@ class Meter:
       seconds: wall time.
       bytes: the largest growth of memory: of the first accelerator as it reports it, or of this
         process, sampled. Memory that the allocator held in reserve does not count as growth.
+        Without /proc it is the growth of the process's peak, a lower bound.
     """
 
     seconds = 0.0
     bytes = 0
 
     def __enter__(self) -> Meter:
-        self._before = _held()
+        self.bytes, self._before = 0, _held()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -49,4 +50,6 @@ def _held() -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         return stats['bytes_in_use']
+    if not _STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, as macOS counts it
     return int(_STATUS.read_text().split()[1]) * resource.getpagesize()

@@ -47,7 +47,7 @@ def quantize(path: str, array: jax.Array, kind: str) -> jax.Array | qwix.QArray:
     Raises:
       UserError: int4, and the input width is no multiple of 32.
     """
-    if path.endswith('embedding') and kind != 'bfloat16':
+    if path.endswith('embedder/embedding') and kind != 'bfloat16':
         return _convert(array, jnp.int8, (0,), None)
     if not (path.startswith('layers/') and path.endswith('kernel')):
         return array
