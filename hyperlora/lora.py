@@ -287,6 +287,37 @@ def round_rank(lora: Lora, step: int = 128) -> Lora:
     return pad_rank(lora, max(lora.rank + -lora.rank % step, step))
 
 
+def truncate(lora: Lora, rank: int) -> Lora:
+    """The best approximation of at most the given rank, by SVD of each layer's delta.
+
+    Exact once `rank` reaches min(i, o) of every module: a long document's LoRA, whose rank grows
+    with its chunks, never needs more.
+
+    Raises:
+      ValueError: if rank is not positive.
+    """
+    if rank < 1:
+        raise ValueError(f'rank must be positive, not {rank}')
+
+    def shorten(pair: LoraPair) -> LoraPair:
+        q_a, r_a = jnp.linalg.qr(pair.a.astype(jnp.float32).swapaxes(-1, -2))
+        q_b, r_b = jnp.linalg.qr(pair.b.astype(jnp.float32).swapaxes(-1, -2))
+        u, s, vt = jnp.linalg.svd(r_a @ r_b.swapaxes(-1, -2), full_matrices=False)
+        u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
+        root = jnp.sqrt(s)[..., None]
+        a = root * (q_a @ u).swapaxes(-1, -2)
+        b = root * (q_b @ vt.swapaxes(-1, -2)).swapaxes(-1, -2)
+        return LoraPair(a.astype(pair.a.dtype), b.astype(pair.b.dtype))
+
+    kept = {name: jax.jit(shorten)(pair) for name, pair in lora.pairs.items()}
+    widest = max(pair.a.shape[2] for pair in kept.values())
+
+    def pad(x):
+        return jnp.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[2]), (0, 0)))
+
+    return lora.replace(pairs=jax.tree.map(pad, kept))
+
+
 def merge(params: Any, lora: Lora) -> Any:
     """Decoder parameters with the LoRA added to their kernels.
 

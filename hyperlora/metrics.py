@@ -110,9 +110,7 @@ class Progress:
         """`steps_per_second` and `rows_per_second`; empty before the second step has ended."""
         if len(self._ends) < 2:
             return {}
-        steps, rows, seconds = (
-            b - a for a, b in zip(self._ends[0], self._ends[-1], strict=True)
-        )
+        steps, rows, seconds = (b - a for a, b in zip(self._ends[0], self._ends[-1], strict=True))
         seconds = max(seconds, 1e-9)
         return {'steps_per_second': steps / seconds, 'rows_per_second': rows / seconds}
 

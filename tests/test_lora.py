@@ -288,3 +288,34 @@ def test_compact_of_modules_of_different_widths():
     small = lora_lib.compact(lora)
     assert small.rank == 7
     assert_same_delta(dense(small), dense(lora), atol=1e-4)
+
+
+def test_truncate_is_exact_at_full_rank():
+    for rank, kept in ((4, 4), (4, 100), (40, 6)):
+        lora = random_lora(0, rows=2, rank=rank)
+        short = lora_lib.truncate(lora, kept)
+        assert short.rank <= min(kept, rank)
+        for row in range(2):
+            assert_same_delta(dense(short, row), dense(lora, row), atol=1e-4)
+
+
+@pytest.mark.parametrize('rank', [1, 3])
+def test_truncate_is_the_best_approximation(rank):
+    lora = random_lora(0, rows=2, rank=5)
+    short = lora_lib.truncate(lora, rank)
+    assert short.rank == rank
+    for row in range(2):
+        for name, delta in dense(lora, row).items():
+            u, s, vt = np.linalg.svd(delta, full_matrices=False)
+            best = (u[..., :rank] * s[:, None, :rank]) @ vt[:, :rank]
+            ours = dense(short, row)[name]
+            np.testing.assert_allclose(ours, best, atol=1e-4)
+            # Eckart-Young: what is lost are the singular values that are cut off, and it is much.
+            lost = np.linalg.norm(ours - delta, axis=(1, 2))
+            np.testing.assert_allclose(lost, np.linalg.norm(s[:, rank:], axis=1), rtol=1e-4)
+            assert (lost > 0.1).all()
+
+
+def test_truncate_needs_a_positive_rank():
+    with pytest.raises(ValueError, match='positive'):
+        lora_lib.truncate(random_lora(0), 0)

@@ -99,17 +99,14 @@ def test_progress_leaves_out_the_first_step(monkeypatch):
     monkeypatch.setattr(time, 'monotonic', lambda: now)
     progress = metrics.Progress(total_steps=110, start_step=10)
     now = 1000.0  # The compilation.
-    progress.update(11, examples=8)
+    progress.update(11, rows=8)
     assert progress.rates() == {}
     assert progress.line(1.5) == 'step 11/110  loss 1.5000'
     now = 1002.0
     for step in (12, 13, 14, 15):
-        progress.update(step, examples=8)
+        progress.update(step, rows=8)
     assert progress.rates() == {'steps_per_second': 2.0, 'rows_per_second': 16.0}
-    assert (
-        progress.line(1.25)
-        == 'step 15/110  loss 1.2500  2.00 steps/s  16.0 rows/s  ETA 0:00:48'
-    )
+    assert progress.line(1.25) == 'step 15/110  loss 1.2500  2.00 steps/s  16.0 rows/s  ETA 0:00:48'
 
 
 def test_progress_forgets_how_fast_an_earlier_stage_was(monkeypatch):
@@ -118,7 +115,7 @@ def test_progress_forgets_how_fast_an_earlier_stage_was(monkeypatch):
     progress = metrics.Progress(total_steps=100, window=2)
     for step, pause in enumerate([1, 1, 1, 4, 4], start=1):
         now += pause
-        progress.update(step, examples=2)
+        progress.update(step, rows=2)
     assert progress.rates() == {'steps_per_second': 0.25, 'rows_per_second': 0.5}
 
 
