@@ -3,11 +3,10 @@
     python -m launch.adapt --document=FILE --output=DIR [--iterative]
     python -m launch.adapt --task="DESCRIPTION" --output=DIR
 
-Both take [--checkpoint=NAME_OR_DIR] [--rank=N] [--format=peft] [--base_quantization=int8]. The LoRA
-is a PEFT adapter; ask it with launch.ask.
+Both take [--checkpoint=NAME_OR_DIR] [--format=peft] [--base_quantization=int8]. The LoRA is a PEFT
+adapter; ask it with launch.ask.
 """
 
-import dataclasses
 import time
 
 from absl import flags
@@ -25,12 +24,6 @@ _DOCUMENT = flags.DEFINE_string('document', None, 'Text, Markdown, HTML or PDF.'
 _TASK = flags.DEFINE_string('task', None, 'Description of a task.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the adapter.', required=True)
 _FORMAT = flags.DEFINE_enum('format', 'peft', ['peft'], 'Layout of the adapter.')
-_RANK = flags.DEFINE_integer(
-    'rank',
-    None,
-    'Keep the best approximation of this rank: smaller, and for a document less exact.',
-    lower_bound=1,
-)
 _ITERATIVE = flags.DEFINE_bool('iterative', False, 'Less memory, slower; of documents.')
 _QUANTIZATION = flags.DEFINE_enum(
     'base_quantization',
@@ -46,7 +39,6 @@ def main(_):
     document = _TASK.value is None
     text = files.read(_DOCUMENT.value) if document else _TASK.value
     output = cli.writable_directory(_OUTPUT.value)
-    from hyperlora import lora
     from hyperlora.session import Session
 
     session = Session(
@@ -62,8 +54,6 @@ def main(_):
         read = f'{len(tokens)} tokens in {len(session.internalizer.split(tokens))} chunks'
     start = time.perf_counter()
     adapter = (session.internalize if document else session.specialize)(text)
-    if _RANK.value:
-        adapter = dataclasses.replace(adapter, lora=lora.truncate(adapter.lora, _RANK.value))
     seconds = time.perf_counter() - start
     session.save(adapter, output)
     print(
