@@ -256,8 +256,8 @@ def test_adapt_to_a_task(command, checkpoint, task_checkpoint, document, base, t
 
     refused('one of --document and --task', checkpoint=task_checkpoint)
     refused('description', checkpoint=task_checkpoint, task=' ')
-    refused('doc_to_lora', 'text_to_lora', checkpoint=checkpoint, task=task)
-    refused('text_to_lora', 'doc_to_lora', checkpoint=task_checkpoint, document=document)
+    refused('doc_to_lora, which reads mask, tokens', checkpoint=checkpoint, task=task)
+    refused('text_to_lora, which reads embedding', checkpoint=task_checkpoint, document=document)
 
 
 def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
