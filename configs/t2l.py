@@ -190,8 +190,8 @@ def _smollm2(folder: str) -> ConfigDict:
     config.objective.label_smoothing = 0.0
     # Many tasks a step, with about two examples each: what tells tasks apart is learned sooner.
     config.groups = 16
-    config.data.update({'before': ' ', 'row_tokens': 40, 'row_labels': 20})
-    config.data.update({'description_noise': 0.3, 'gibberish': 0.05})
+    config.data.update({'description_noise': 0.3, 'gibberish': 0.05, 'before': ' '})
+    config.data.update({'row_tokens': 40, 'row_labels': 20})
     _steps(config, 800)
     config.optimizer.update(
         {'learning_rate': 1e-4, 'end_learning_rate': 1e-6, 'warmup_steps': 20, 'b2': 0.98}
@@ -205,6 +205,7 @@ def _tiny(folder: str) -> ConfigDict:
     config.hypernetwork.modules = ('q_proj',)
     config.hypernetwork.shape.update({'latent_size': 16, 'head_width': 16})
     config.groups = 2
+    config.data.gibberish = 0.0  # it takes a minute to make
     _steps(config, 6)
     config.optimizer.warmup_steps = 1
     config.log_every = 1

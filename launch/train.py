@@ -3,9 +3,9 @@
     python -m launch.train --config=configs/NAME.py:VARIANT --workdir=DIR [--config.KEY=VALUE ...]
 
 The same command continues a run that was interrupted; one that was sent SIGTERM saves and exits
-with 75. The workdir, a folder or a gs:// URL,
-receives checkpoints/, metrics.jsonl and TensorBoard events. With --distributed this is one of
-several processes, one per host, and the workdir one that they share; see launch/distributed.py.
+with 75. The workdir, a folder or a gs:// URL, receives checkpoints/, metrics.jsonl and TensorBoard
+events. With --distributed this is one of several processes, one per host, and the workdir one that
+they share; see launch/distributed.py.
 """
 
 import sys

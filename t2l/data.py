@@ -151,8 +151,11 @@ def build(
     `config.tasks`, so that the checkpoint knows them.
 
     Raises:
-      UserError: tasks that cannot be read or trained on; see `collect` and `TaskGroups`.
+      UserError: tasks that cannot be read or trained on; see `collect`, `TaskGroups` and
+        `unaided`; gibberish for a hypernetwork that reads no descriptions.
     """
+    if config.gibberish and not isinstance(encoder, Embedder):
+        raise UserError('config.data.gibberish needs a hypernetwork that reads descriptions')
     collection = collect(config)
     tasks = collection.train
     config.tasks = tuple(task.name for task in tasks)

@@ -389,6 +389,11 @@ def test_a_share_of_groups_describes_no_task():
     assert tokens.tolist() == [*prompt, *answer[:-1]]
 
 
+def test_gibberish_is_for_what_reads_descriptions():
+    with pytest.raises(UserError, match='gibberish needs a hypernetwork that reads descriptions'):
+        t2l_data.build(ConfigDict({'gibberish': 0.1}), tiny_base(), tiny_base(), 0, 1)
+
+
 def test_what_the_base_model_says_by_itself(smollm2):
     inputs = 'Hello!', 'carry', 'Say yes.'
     tasks = [dataclasses.replace(TASKS[0], train=(Example(text, ('',)),)) for text in inputs]
