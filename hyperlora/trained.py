@@ -109,7 +109,9 @@ def load(
 def read(checkpoint: str) -> tuple[pathlib.Path, Any, dict]:
     """(folder, parameters, record) of a checkpoint; see `load`."""
     names = sorted(p.name for p in PRETRAINED.glob('*') if p.is_dir())
-    folder = PRETRAINED / checkpoint if checkpoint in names else epath.Path(checkpoint)
+    folder = PRETRAINED / checkpoint
+    if checkpoint not in names:
+        folder = epath.Path(checkpoint).expanduser()
     if (folder / 'checkpoints').is_dir():
         return folder, *checkpointing.load_params((folder / 'checkpoints').resolve())
     if (folder / 'config.json').is_file():

@@ -8,6 +8,7 @@ or as seconds x peak (GFLOP), so that runs on different machines can be compared
 
 import json
 import resource
+import sys
 import time
 
 from absl import flags
@@ -253,7 +254,8 @@ def main(_):
                 ),
             },
         )
-    report('peak_memory_bytes', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    unit = 1 if sys.platform == 'darwin' else 1024
+    report('peak_memory_bytes', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     path = workdir / 'benchmark.json'
     path.with_suffix('.partial').write_text(json.dumps(results, indent=2) + '\n')
     path.with_suffix('.partial').rename(path)

@@ -366,7 +366,7 @@ def test_export_of_a_training(command, untrained, base, tmp_path, monkeypatch):
     bare = {key: value for key, value in json.loads(path.read_text()).items() if key != 'step'}
     path.write_text(json.dumps(bare))
     monkeypatch.setenv('HOME', str(tmp_path))
-    code, out, err = command('export', workdir=tmp_path / 'shipped', output='~/again')
+    code, out, err = command('export', workdir='~/shipped', output='~/again')
     assert (code, err) == (0, '') and 'step' not in out
     assert json.loads((tmp_path / 'again/config.json').read_text()) == bare
     refused = command('export', workdir=tmp_path / 'shipped', output='gs://bucket/x')
