@@ -1,5 +1,6 @@
 """What every command shares: one-line errors, exit codes, compilation cache, file checks."""
 
+import os
 import pathlib
 import re
 import sys
@@ -96,6 +97,7 @@ def writable_folder(path) -> str:
 
 def _parse_flags(argv):
     """Parses the flags like absl, but turns every mistake in them into a UserError."""
+    argv = [argv[0], *map(_expanded, argv[1:])]
     try:
         rest = flags.FLAGS(argv)
         for name in flags.FLAGS:
@@ -121,6 +123,15 @@ def _parse_flags(argv):
     if len(rest) > 1:
         raise UserError(f'unexpected argument {rest[1]!r} (settings are given as --name=value)')
     return rest
+
+
+def _expanded(argument):
+    """`~/` where a path of a flag begins, which shells leave as it is there: `--workdir=~/x`,
+    `--config=config.py:variant,~/x+~/y`."""
+    name, equals, value = argument.partition('=')
+    start = '(^|[,+])' if name.lstrip('-').startswith('config') else '(^)'
+    home = os.path.expanduser('~')
+    return name + equals + re.sub(start + '~(?=/)', lambda at: at[1] + home, value)
 
 
 def _unknown_override(error, argv):
