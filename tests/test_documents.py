@@ -853,6 +853,7 @@ def test_two_stages(tmp_path):
     before = None
     for variant in (f'tiny,{folder}', f'tiny_chunks,{folder},{tmp_path / "tiny"}'):
         config = d2l_docs.get_config(variant)
+        config.data.context_tokens = (128,)  # few shapes
         workdir = tmp_path / variant.split(',')[0]
         state = meta_learning.train(config, str(workdir))
         values = json.loads((workdir / 'metrics.jsonl').read_text().splitlines()[-1])

@@ -58,12 +58,17 @@ def assert_same(ours, wanted):
         np.testing.assert_allclose(ours[name], wanted[name], atol=1e-5 * largest)
 
 
+def generated(model, tokens):
+    """What the hypernetwork makes of one chunk."""
+    context = {'tokens': np.asarray([tokens], np.int32), 'mask': np.ones((1, len(tokens)), bool)}
+    return jax.jit(model.hypernetwork.generate)(model.params, model.base.params, context)
+
+
 def direct(model, tokens):
     """The sum of all chunks' LoRAs, one after the other and unpadded, and the shared one."""
     total = None
     for chunk in Internalizer(model).split(tokens):
-        context = {'tokens': np.asarray([chunk], np.int32), 'mask': np.ones((1, len(chunk)), bool)}
-        own, shared = model.hypernetwork.generate(model.params, model.base.params, context)
+        own, shared = generated(model, chunk)
         total = delta(own) if total is None else {k: v + total[k] for k, v in delta(own).items()}
     return {name: value + delta(shared)[name] for name, value in total.items()}
 
@@ -83,11 +88,7 @@ def test_affixes_go_around_every_chunk(model):
     ours = delta(Internalizer(affixed)(tokens))
     total = None
     for chunk in Internalizer(model).split(tokens):
-        context = {
-            'tokens': np.asarray([(5, 6, *chunk, 7)], np.int32),
-            'mask': np.ones((1, len(chunk) + 3), bool),
-        }
-        own, shared = model.hypernetwork.generate(model.params, model.base.params, context)
+        own, shared = generated(model, (5, 6, *chunk, 7))
         total = delta(own) if total is None else {k: v + total[k] for k, v in delta(own).items()}
     assert_same(ours, {name: value + delta(shared)[name] for name, value in total.items()})
 
@@ -133,7 +134,7 @@ def test_a_chunk_that_recurs_is_counted_and_not_repeated(model):
 
 def test_long_documents_are_folded_without_loss(model, monkeypatch):
     monkeypatch.setattr(internalize, '_MAX_RANK', 16)  # two chunks at a time
-    tokens = document(1, sentences=40)
+    tokens = document(1, sentences=16)
     lora = Internalizer(model)(tokens)
     assert lora.rank == 32  # the width of the tiny base
     assert_same(delta(lora), direct(model, tokens))
@@ -151,17 +152,11 @@ def test_a_shut_gate_is_silent(model):
     shut, tokens = with_gate(model, -50.0), document(0)
     lora = Internalizer(shut)(tokens)
     assert lora.rank == 8  # only the shared LoRA is left
-    context = {'tokens': np.asarray([tokens], np.int32), 'mask': np.ones((1, len(tokens)), bool)}
-    own, shared = shut.hypernetwork.generate(shut.params, shut.base.params, context)
+    own, shared = generated(shut, tokens)
     assert all(not np.asarray(pair.b).any() for pair in own.pairs.values())
     assert_same(delta(lora), delta(shared))
     # Wide open is a factor of exactly 1.
-    own = [
-        with_gate(model, value).hypernetwork.generate(
-            with_gate(model, value).params, model.base.params, context
-        )[0]
-        for value in (50.0, 90.0)
-    ]
+    own = [generated(with_gate(model, value), tokens)[0] for value in (50.0, 90.0)]
     jax.tree.map(np.testing.assert_array_equal, *own)
 
 

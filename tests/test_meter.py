@@ -10,7 +10,7 @@ from hyperlora.evaluation import meter
 def test_memory_is_measured_anew_each_time(monkeypatch):
     measured = meter.Meter()
     with measured:
-        held = np.ones(50_000_000, np.uint8)
+        held = np.ones(400_000_000, np.uint8)
     assert held.nbytes // 2 < measured.bytes and measured.seconds > 0
     with measured:
         pass

@@ -346,6 +346,7 @@ def test_training_on_a_quantized_base(tmp_path, monkeypatch):
     assert asked == ['int8', 'int8', 'none']
 
 
+@pytest.mark.slow
 def test_the_shipped_weights_find_the_needle_with_a_quantized_base():
     model = trained.load('smollm2-niah', quantization='int8')
     tokenizer = model.base.tokenizer
