@@ -53,7 +53,7 @@ def get_config(argument: str = '') -> ConfigDict:
 
 def _sources(folder: str) -> list[dict]:
     """The pictures in a folder of packages, and digits."""
-    root = pathlib.Path(folder).expanduser()
+    root = pathlib.Path(folder)
     packages = sorted({p.parents[2] for p in root.glob('*/img/*/64')})
     if not folder or not packages:
         raise UserError(

@@ -37,7 +37,7 @@ def get_config(argument: str = 'digits') -> ConfigDict:
     style, groups, limit = '', (), 0
     if kind == 'emoji' and folder:
         style, groups, limit = 'facebook', GROUPS, 25
-        sources = ({'reader': 'emoji', 'path': str(pathlib.Path(folder).expanduser() / style)},)
+        sources = ({'reader': 'emoji', 'path': str(pathlib.Path(folder) / style)},)
     elif kind == 'digits':
         sources, limit = ({'reader': 'digits', 'held_out': True},), 30
     elif kind == 'imagenette':

@@ -101,7 +101,7 @@ def _sources(folder: str) -> tuple[dict, ...]:
     if not folder:
         return generated
     # A folder may lack them: it is the user's.
-    here = pathlib.Path(folder).expanduser()
+    here = pathlib.Path(folder)
     held_out = tuple(name for name in HELD_OUT['json'] if (here / f'{name}.json').is_file())
     return ({'reader': 'json', 'path': folder, 'held_out': held_out}, *generated)
 

@@ -64,11 +64,11 @@ def generated(model, tokens):
     return jax.jit(model.hypernetwork.generate)(model.params, model.base.params, context)
 
 
-def direct(model, tokens):
+def direct(model, tokens, prefix=(), suffix=()):
     """The sum of all chunks' LoRAs, one after the other and unpadded, and the shared one."""
     total = None
     for chunk in Internalizer(model).split(tokens):
-        own, shared = generated(model, chunk)
+        own, shared = generated(model, (*prefix, *chunk, *suffix))
         total = delta(own) if total is None else {k: v + total[k] for k, v in delta(own).items()}
     return {name: value + delta(shared)[name] for name, value in total.items()}
 
@@ -85,12 +85,7 @@ def test_affixes_go_around_every_chunk(model):
     config = model.config.copy_and_resolve_references()
     config.chunk_prefix, config.chunk_suffix = (5, 6), (7,)
     affixed = dataclasses.replace(model, config=config)
-    ours = delta(Internalizer(affixed)(tokens))
-    total = None
-    for chunk in Internalizer(model).split(tokens):
-        own, shared = generated(model, (5, 6, *chunk, 7))
-        total = delta(own) if total is None else {k: v + total[k] for k, v in delta(own).items()}
-    assert_same(ours, {name: value + delta(shared)[name] for name, value in total.items()})
+    assert_same(delta(Internalizer(affixed)(tokens)), direct(model, tokens, (5, 6), (7,)))
 
 
 def test_another_model_may_read_the_documents(monkeypatch):
