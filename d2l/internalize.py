@@ -136,7 +136,8 @@ class Internalizer:
     def with_shared(self, *documents: Lora) -> Lora:
         """LoRAs of `chunks` in one, with the LoRA that all documents share, which counts once."""
         shared = () if self.shared is None else (self.shared,)
-        whole = lora_lib.compact(lora_lib.concatenate(*documents, *shared))
+        own = self._reconcile(lora_lib.concatenate(*documents), [lora.rank for lora in documents])
+        whole = lora_lib.compact(lora_lib.concatenate(own, *shared))
         return lora_lib.pad_rank(whole, max(whole.rank, 1))  # of a document that says nothing
 
     def chunks(
@@ -168,8 +169,13 @@ class Internalizer:
             kept, loras = self.chunk_loras(chunks[start : start + step], count)
             weights = jnp.asarray([[counts[c] for c in kept]], jnp.float32)
             part = lora_lib.fold(*lora_lib.compose(loras, None, 1, weights))
+            part = self._reconcile(part, [loras.rank] * len(kept))
             whole = lora_lib.compact(part if whole is None else lora_lib.concatenate(whole, part))
         return whole
+
+    def _reconcile(self, whole: Lora, ranks: Sequence[int]) -> Lora:
+        reconcile = self.trained.hypernetwork.reconcile
+        return reconcile(whole, ranks) if reconcile else whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +191,12 @@ class Answerer:
 
     Questions are answered in packed batches: the distinct chunks of a batch lie along one rank and
     each row weights its own by how often they occur. A batch has at most `max_rank` ranks, or one
-    question.
+    question; and one where chunks are reconciled, as that depends on which are together.
     """
 
     def __init__(self, internalizer: Internalizer, max_rows: int = 16, max_rank: int = _MAX_RANK):
-        self.internalizer, self.max_rows, self.max_rank = internalizer, max_rows, max_rank
+        self.internalizer, self.max_rank = internalizer, max_rank
+        self.max_rows = 1 if internalizer.trained.hypernetwork.reconcile else max_rows
 
     def __call__(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
         """Answers in order."""
@@ -208,6 +215,10 @@ class Answerer:
         return answers + (self._answer(batch, max_new_tokens) if batch else [])
 
     def _answer(self, batch, max_new_tokens: int) -> list[str]:
+        base, prompts = self.internalizer.trained.base, [q.prompt for q, _ in batch]
+        if len(batch) == 1:
+            lora = lora_lib.round_rank(self.internalizer(batch[0][0].document))
+            return answer(base, prompts, max_new_tokens, lora)
         distinct = dict.fromkeys(chunk for _, counts in batch for chunk in counts)
         kept, loras = self.internalizer.chunk_loras(distinct)
         weights = np.asarray([[counts[c] for c in kept] for _, counts in batch], np.float32)
@@ -216,10 +227,4 @@ class Answerer:
         )
         lora = lora_lib.round_rank(lora)
         rank_weights = jnp.pad(rank_weights, ((0, 0), (0, lora.rank - rank_weights.shape[1])))
-        return answer(
-            self.internalizer.trained.base,
-            [q.prompt for q, _ in batch],
-            max_new_tokens,
-            lora,
-            rank_weights,
-        )
+        return answer(base, prompts, max_new_tokens, lora, rank_weights)

@@ -11,8 +11,9 @@ from conftest import TINY, tiny_base
 from ml_collections import ConfigDict
 
 from configs import d2l_docs
-from d2l import internalize
+from d2l import associative
 from d2l.internalize import Answerer, Internalizer, Question
+from d2l.memory import Memory
 from hyperlora import hypernetwork
 from hyperlora import lora as lora_lib
 from hyperlora.errors import UserError
@@ -193,26 +194,37 @@ def test_keys_gather_what_is_around(model):
     assert np.abs(moved(alone)).max() > 1e-5
 
 
-def test_chunks_of_different_lengths_add_up(model, monkeypatch):
-    internalizer = Internalizer(model)
-    text = 'One thing is short. ' * 7 + 'So is the end.'
-    tokens = tiny_base().tokenizer.encode(text)
+def test_chunks_and_documents_are_reconciled(model):
+    internalizer, tokenizer = Internalizer(model), tiny_base().tokenizer
+    tokens = tokenizer.encode('One thing is short. ' * 7 + 'So is the end.')
     chunks = internalizer.split(tokens)
     assert len({len(chunk) for chunk in chunks}) > 1
     made = [generate(model, chunk) for chunk in chunks]
-    wanted = sum(delta(lora) for lora, _ in made) + delta(made[0][1])
-    np.testing.assert_allclose(delta(internalizer(tokens)), wanted, rtol=1e-5, atol=1e-4)
-    # Answers in a batch are those with the document's own LoRA.
-    prompt = tiny_base().tokenizer.prompt('what?')
-    other = tiny_base().tokenizer.encode('Another text, and a longer one, without any end')
-    questions = [Question(tokens, prompt), Question(other, prompt)]
-    found = Answerer(internalizer)(questions, 6)
-    # Ranks are what a batch is bounded by, one for each padded token of a chunk.
-    batches, ranks = [], 64 * len({*chunks, tuple(other)})
-    monkeypatch.setattr(internalize, 'answer', lambda _, p, *__: batches.append(len(p)) or [''])
-    for most in (ranks, ranks - 1):
-        Answerer(internalizer, max_rank=most)(questions, 6)
-    assert batches == [2, 1, 1]
+    parts = [lora for lora, _ in made]
+
+    def together(parts):
+        ranks = [part.rank for part in parts]
+        return lora_lib.reconcile(lora_lib.concatenate(*parts), ranks, associative._RIDGE)
+
+    def close(ours, wanted):
+        np.testing.assert_allclose(delta(ours), wanted, rtol=1e-3, atol=1e-3)
+
+    own, shared = together(parts), delta(made[0][1])
+    summed = sum(map(delta, parts))
+    assert np.abs(delta(own) - summed).max() > 0.05
+    close(internalizer(tokens), delta(own) + shared)
+    # And so are documents with each other.
+    other = tokenizer.encode('Another text, without any end')
+    memory = Memory(internalizer)
+    for name, document in (('a', tokens), ('b', other)):
+        memory.add(name, document)
+    both = together([internalizer.chunks(tokens), generate(model, other)[0]])
+    close(memory.lora(), delta(both) + shared)
+    memory.remove('b')
+    close(memory.lora(), delta(own) + shared)
+    # Answers to many questions are those with each document's own LoRA.
+    prompt = tokenizer.prompt('what?')
+    found = Answerer(internalizer)([Question(tokens, prompt), Question(other, prompt)], 6)
     for document, text in zip((tokens, other), found, strict=True):
         assert answer(tiny_base(), [prompt], 6, lora_lib.round_rank(internalizer(document))) == [
             text

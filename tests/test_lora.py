@@ -290,6 +290,65 @@ def test_compact_of_modules_of_different_widths():
     assert_same_delta(dense(small), dense(lora), atol=1e-4)
 
 
+# ------------------------------------------------------------------------------ reconciliation
+
+
+def loras_together(ridge, count=3, **kwargs):
+    """LoRAs of different ranks, and the reconciled sum of them."""
+    parts = [random_lora(seed, rank=seed + 1, **kwargs) for seed in range(count)]
+    whole = lora_lib.concatenate(*parts)
+    return parts, whole, lora_lib.reconcile(whole, [part.rank for part in parts], ridge)
+
+
+def test_reconciled_loras_say_what_each_says_alone():
+    parts, whole, together = loras_together(1e-6, dims={'q_proj': (12, 8)}, rows=2)
+    for part in parts:
+        keys = np.asarray(part.pairs['q_proj'].a, np.float64)
+        for row in range(2):
+            said, alone, summed = (
+                np.einsum('lri,lio->lro', keys[:, row], dense(lora, row)['q_proj'])
+                for lora in (together, part, whole)
+            )
+            np.testing.assert_allclose(said, alone, atol=1e-3)
+            assert np.abs(summed - alone).max() > 1
+
+
+def test_reconciled_loras_are_between_each_alone_and_the_sum():
+    _, whole, _ = loras_together(1)
+    distances = []
+    for ridge in (1e-2, 1, 1e2, 1e6):
+        _, _, together = loras_together(ridge)
+        distances.append(
+            max(
+                np.abs(x - y).max()
+                for x, y in zip(*map(jax.tree.leaves, (together, whole)), strict=True)
+            )
+        )
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 1e-4 < 0.1 < distances[0]
+
+
+def test_reconciliation_does_not_depend_on_order_or_padding():
+    parts, _, together = loras_together(0.3)
+    turned = [lora_lib.pad_rank(part, part.rank + 2) for part in reversed(parts)]
+    again = lora_lib.reconcile(lora_lib.concatenate(*turned), [part.rank for part in turned], 0.3)
+    assert_same_delta(dense(again), dense(together), atol=1e-4)
+
+
+def test_one_lora_and_silent_layers_are_left_as_they_are():
+    lora = random_lora(0, rank=4)
+    assert lora_lib.reconcile(lora, [4], 0.3) is lora
+    silent = jax.tree.map(lambda x: x.at[0].set(0), lora.pairs)
+    together = lora_lib.reconcile(lora.replace(pairs=silent), [3, 1], 0.3)
+    for pair in together.pairs.values():
+        assert np.isfinite(pair.b).all() and not pair.b[0].any() and pair.b[1].any()
+    with pytest.raises(ValueError, match='ranks .3, 2. do not add up to 4'):
+        lora_lib.reconcile(lora, [3, 2], 0.3)
+
+
+# -------------------------------------------------------------------------------- truncation
+
+
 def test_truncate_is_exact_at_full_rank():
     for rank, kept in ((4, 4), (4, 100), (40, 6)):
         lora = random_lora(0, rows=2, rank=rank)
