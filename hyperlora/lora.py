@@ -13,6 +13,7 @@ a document.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -223,19 +224,19 @@ def reconcile(lora: Lora, ranks: Sequence[int], ridge: float) -> Lora:
 
     Each is a linear memory: the rows of its A are keys, and what its delta makes of a key is what
     it has to say there. In the sum the others speak as well. Here B is chosen so that at the keys
-    of each the whole says what that LoRA says alone. With G the inner products of all keys, G'
-    those of keys of one LoRA, and d the mean square of a key, B becomes the solution of
+    of each the whole says what that LoRA says alone. With the keys of each LoRA at a mean square of
+    1, G the inner products of all keys and G' those of keys of one LoRA, B becomes the solution of
 
-        (G + ridge d) B_new = (G' + ridge d) B
+        (G + ridge) B_new = (G' + ridge) B
 
     It is ridge regression, by which MEMIT (arXiv 2210.07229) edits many facts at once, but towards
     the LoRAs' own answers. Of one LoRA it is that LoRA; the larger the ridge, the more it is the
-    sum. R equations are solved by layer, R the sum of the ranks.
+    sum. By layer as many equations are solved as there are ranks, or i if that is less.
 
     Args:
       lora: of any rows, each of such a sum; layers whose B is zero are left alone.
       ranks: of each LoRA in it, in their order.
-      ridge: relative to d.
+      ridge: positive.
 
     Raises:
       ValueError: the ranks do not add up to that of the sum.
@@ -244,27 +245,38 @@ def reconcile(lora: Lora, ranks: Sequence[int], ridge: float) -> Lora:
         raise ValueError(f'ranks {list(ranks)} do not add up to {lora.rank}')
     if len(ranks) < 2:
         return lora
-    part = np.repeat(np.arange(len(ranks)), ranks)
     return lora.replace(
         pairs={
-            name: pair.replace(b=_reconciled(pair, part, ridge))
+            name: pair.replace(b=_reconciled(pair, tuple(ranks), ridge))
             for name, pair in lora.pairs.items()
         }
     )
 
 
-@jax.jit
-def _reconciled(pair: LoraPair, part: jax.Array, ridge: float) -> jax.Array:
-    """B of a module, `[l, g, r, o]`; `part [r]` says whose each rank is."""
-    own = part[:, None] == part
+@functools.partial(jax.jit, static_argnames='ranks')
+def _reconciled(pair: LoraPair, ranks: tuple[int, ...], ridge: float) -> jax.Array:
+    """B of a module, `[l, g, r, o]`."""
 
     def solve(pair):
-        a, b = (x.astype(jnp.float32) for x in (pair.a, pair.b))
-        alike = jnp.einsum('gri,gsi->grs', a, a)
-        squares = jnp.diagonal(alike, axis1=1, axis2=2)
-        size = squares.sum(1) / jnp.maximum((squares > 0).sum(1), 1)  # padding counts for nothing
-        extra = ridge * size[:, None, None] * jnp.eye(len(part))
-        return jnp.linalg.solve(alike + extra, (jnp.where(own, alike, 0) + extra) @ b)
+        keys, wanted, sizes = [], [], []
+        for end, rank in zip(np.cumsum(ranks), ranks, strict=True):
+            a, b = (x[:, end - rank : end].astype(jnp.float32) for x in (pair.a, pair.b))
+            squares = jnp.square(a).sum(2, keepdims=True)
+            spoken = jnp.maximum((squares > 0).sum(1, keepdims=True), 1)  # not padding
+            size = jnp.sqrt(squares.sum(1, keepdims=True) / spoken)
+            size = jnp.where(size > 0, size, 1)
+            a, b = a / size, b * size
+            keys.append(a)
+            wanted.append(a @ (a.mT @ b) + ridge * b)
+            sizes.append(jnp.broadcast_to(size, squares.shape))
+        a, x, size = (jnp.concatenate(parts, 1) for parts in (keys, wanted, sizes))
+        rank, inputs = a.shape[1:]
+        if rank <= inputs:
+            b = jnp.linalg.solve(a @ a.mT + ridge * jnp.eye(rank), x)
+        else:  # the same, by the delta
+            delta = jnp.linalg.solve(a.mT @ a + ridge * jnp.eye(inputs), a.mT @ x)
+            b = (x - a @ delta) / ridge
+        return b / size
 
     def layer(pair):
         speaks = jnp.any(pair.b != 0)
