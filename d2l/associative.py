@@ -7,7 +7,8 @@ the thing is. Keys and values are learned maps of activations (compare MEND, arX
 the memory is what some steps of gradient descent from keys to values find (the delta rule of fast
 weight programmers, arXiv 2102.11174, on all tokens at once), in closed form. Values start as the
 base model's own unembeddings of the tokens, whitened, so that each says its token rather than those
-that are like it or frequent: no word need be learned.
+that are like it or frequent: no word need be learned. Several chunks or documents in one model are
+reconciled (`lora.reconcile`) when they are asked about; in training they are summed.
 
 Axes: n chunks, l layers, w layers that are written, s tokens, f feature width, z latent width, i
 width of the MLP, h heads.

@@ -134,7 +134,8 @@ class Internalizer:
         return self.with_shared(self.chunks(document))
 
     def with_shared(self, *documents: Lora) -> Lora:
-        """LoRAs of `chunks` in one, with the LoRA that all documents share, which counts once."""
+        """LoRAs of `chunks` in one, reconciled if the hypernetwork says how, with the LoRA that all
+        documents share, which counts once."""
         shared = () if self.shared is None else (self.shared,)
         own = self._reconcile(lora_lib.concatenate(*documents), [lora.rank for lora in documents])
         whole = lora_lib.compact(lora_lib.concatenate(own, *shared))

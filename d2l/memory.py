@@ -11,7 +11,7 @@ from hyperlora.lora import Lora
 
 
 class Memory:
-    """Documents by name, each a slot of ranks; their sum is one LoRA.
+    """Documents by name, each a slot of ranks; together they are one LoRA.
 
     Attributes:
       internalizer: reads documents.
