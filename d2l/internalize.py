@@ -147,7 +147,8 @@ class Internalizer:
         """The LoRA of a document, one row: all its chunks along the rank, nothing else.
 
         A chunk that occurs k times is encoded once and counted k times. The memory of long
-        documents is bounded: a rank beyond what a delta can have is folded away, exactly.
+        documents is bounded: a rank beyond what a delta can have is folded away, exactly. Where
+        chunks are reconciled, it is those of `_MAX_RANK` ranks at a time; beyond, they are summed.
 
         Args:
           report: hears, as the document is read, which fraction of it is; what it raises ends that.
