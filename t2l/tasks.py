@@ -22,7 +22,7 @@ from hyperlora.errors import UserError
 
 DESCRIPTIONS = pathlib.Path(__file__).parent / 'descriptions'
 # Given descriptions are few: own ones are added below this number.
-FEW_DESCRIPTIONS = 8
+FEW_DESCRIPTIONS = 32
 
 
 @dataclasses.dataclass(frozen=True)

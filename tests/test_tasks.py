@@ -619,8 +619,9 @@ def test_own_descriptions():
     owner = {}
     for path in tasks.DESCRIPTIONS.glob('*.yaml'):
         train, test = tasks.own_descriptions(path.stem)
-        assert len(test) >= 4, path.stem
         few = path.stem in benchmarks.BENCHMARKS or path.stem.startswith('ii_')
+        # Instruction Induction has some of its own, of which every fourth is kept for testing.
+        assert len(test) >= (0 if path.stem.startswith('ii_') else 4), path.stem
         assert len(train) + len(test) >= (8 if few else 16), path.stem
         for text in (*train, *test):
             assert owner.setdefault(normal(text), path.stem) == path.stem, text
@@ -642,10 +643,10 @@ def test_descriptions_do_not_quote_test_examples():
 
 
 def test_given_descriptions_are_split():
-    given = [f'number {i}' for i in range(9)]
+    given = [f'number {i}' for i in range(tasks.FEW_DESCRIPTIONS)]
     train, test = tasks.split_descriptions(given)
-    assert test == ('number 3', 'number 7')
-    assert sorted(train + test) == given
+    assert test[:2] == ('number 3', 'number 7') and len(test) == len(given) // 4
+    assert {*train, *test} == {*given}
     few = tasks.describe('fv_antonym', given[:4])
     many = tasks.describe('fv_antonym', given)
     own = tasks.own_descriptions('fv_antonym')
