@@ -2,7 +2,7 @@
 
     python -m launch.generate_data --config=configs/documents.py:READER,PATH --output=DIR
 
-READER,PATH: `squad,FILE`, `jsonl,FILE`, `parquet,PATTERN`, `text,FOLDER`, `tfds,NAME`
+READER,PATH: `squad,FILE`, `jsonl,FILE`, `parquet,PATTERN`, `text,FOLDER`, `tfds,NAME,SPLIT`
 (`d2l.documents.READERS`); or, with answers given, `facts,COUNT` (made-up documents; with
 `facts,COUNT,SPLIT` those of a split: train, phrasings, attributes; set source.seed, and
 source.facts as "(8, 8)"), `words,COUNT` (one word each) or `names,PACKAGE` (of pictures, see

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
         {
             'name': 'eval_qa',
             # READER,PATH as for configs/documents.py, a .json (SQuAD's layout) or .jsonl file, or
-            # the name of a TFDS data set.
+            # the name of a TFDS data set; see `documents.source` for splits.
             'data': '',
             'methods': (
                 'no_context',

@@ -158,8 +158,8 @@ def read_tfds(name: str, split: str = 'train', data_dir: str | None = None) -> I
     Raises:
       UserError: not there, or not of that kind.
     """
-    # Questions about one context follow each other.
-    context, number, questions = None, 0, []
+    # TFDS shuffles: questions about one context are anywhere.
+    questions: dict[str, list[Question]] = {}
     for record in readers.tfds_source(name, split, data_dir):
         try:
             text = (record['context'] if 'context' in record else record['passage']).decode()
@@ -169,13 +169,9 @@ def read_tfds(name: str, split: str = 'train', data_dir: str | None = None) -> I
             )
         except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f'TFDS {name!r} has no contexts with questions ({error})') from error
-        if context not in (None, text):
-            yield Document(f'{name}/{number}', context, tuple(questions))
-            number, questions = number + 1, []
-        context = text
-        questions.append(question)
-    if context is not None:
-        yield Document(f'{name}/{number}', context, tuple(questions))
+        questions.setdefault(text, []).append(question)
+    for number, (text, asked) in enumerate(questions.items()):
+        yield Document(f'{name}/{number}', text, tuple(asked))
 
 
 def read_facts(
@@ -257,13 +253,22 @@ READERS: dict[str, Callable[..., Iterable[Document]]] = {
 }
 
 
-def source(text: str) -> dict[str, Any]:
+# What follows the reader's name where it is no path; all but the first may be left out.
+_FORMS = {'facts': 'COUNT,SPLIT,FACTS', 'words': 'COUNT', 'tfds': 'NAME,SPLIT'}
+
+
+def source(text: str, held_out: bool = False) -> dict[str, Any]:
     """What `READER,PATH` names, as a source of `read`. A path alone is read by its ending (.json is
-    SQuAD's layout); what has none is the name of a TFDS data set. Made-up documents are named as
-    `facts,COUNT`, `facts,COUNT,SPLIT` or, with so many facts each, `facts,COUNT,SPLIT,FACTS`.
+    SQuAD's layout); what has none is the name of a TFDS data set, of which `tfds,NAME,SPLIT` names
+    a split. Made-up documents are named as `facts,COUNT`, `facts,COUNT,SPLIT` or, with so many
+    facts each, `facts,COUNT,SPLIT,FACTS`.
+
+    Args:
+      held_out: where no split is named, it is TFDS's `validation` and the made-up documents'
+        `phrasings`, rather than `train`.
 
     Raises:
-      UserError: neither.
+      UserError: neither, or more than that.
     """
     reader, _, path = text.partition(',')
     if not path:
@@ -272,18 +277,25 @@ def source(text: str) -> dict[str, Any]:
         reader, path = endings.get(pathlib.Path(text).suffix, ''), text
     if not reader or not path:
         raise UserError(f'name the documents as READER,PATH ({", ".join(READERS)}), not {text!r}')
-    if reader in ('facts', 'words'):
-        count, split, facts = (*path.split(','), '', '')[:3]
-        if not (count.isdecimal() and (facts or '1').isdecimal()):
-            raise UserError(f'how many made-up documents? {reader},COUNT, not {text!r}')
-        source = {'reader': reader, 'count': int(count), 'seed': 0}
+    if reader in _FORMS:
+        form = _FORMS[reader].split(',')
+        given = path.split(',')
+        fields = dict(zip(form, given + [''] * len(form), strict=False))
+        numbers = fields.get('COUNT', '1'), fields.get('FACTS') or '1'
+        if len(given) > len(form) or not all(number.isdecimal() for number in numbers):
+            raise UserError(f'name the documents as {reader},{_FORMS[reader]}, not {text!r}')
+        if reader == 'tfds':
+            split = fields['SPLIT'] or ('validation' if held_out else 'train')
+            return {'reader': reader, 'name': fields['NAME'], 'split': split}
+        source = {'reader': reader, 'count': int(fields['COUNT']), 'seed': 0}
         if reader == 'words':
             return source
-        span = (int(facts), int(facts)) if facts else (1, 8)
-        return {**source, 'facts': span, 'split': split or 'train'}
+        span = (int(fields['FACTS']),) * 2 if fields['FACTS'] else (1, 8)
+        split = fields['SPLIT'] or ('phrasings' if held_out else 'train')
+        return {**source, 'facts': span, 'split': split}
     if reader == 'names':
         return {'reader': reader, 'path': path, 'asked': True, 'digits': 50, 'seed': 0}
-    return {'reader': reader, 'name' if reader == 'tfds' else 'path': path}
+    return {'reader': reader, 'path': path}
 
 
 def read(sources: Iterable[dict[str, Any]]) -> list[Document]:

@@ -338,7 +338,7 @@ def read(config: ConfigDict) -> list[Document]:
     Raises:
       UserError: none has, or `documents.read` finds something wrong.
     """
-    found = documents.read([documents.source(config.data)])
+    found = documents.read([documents.source(config.data, held_out=True)])
     asked = []
     for document in found:
         answered = tuple(question for question in document.questions if question.answers)

@@ -355,11 +355,20 @@ def test_documents_together(monkeypatch, model, data, tmp_path):
 def test_sources():
     assert documents.source('squad,a,b.json') == {'reader': 'squad', 'path': 'a,b.json'}
     assert documents.source('x/a.json') == {'reader': 'squad', 'path': 'x/a.json'}
-    assert documents.source('squad') == {'reader': 'tfds', 'name': 'squad'}
-    assert documents.source('tfds,drop') == {'reader': 'tfds', 'name': 'drop'}
+    squad = {'reader': 'tfds', 'name': 'squad'}
+    assert documents.source('squad') == {**squad, 'split': 'train'}
+    assert documents.source('squad', held_out=True) == {**squad, 'split': 'validation'}
+    assert documents.source('tfds,squad,dev', held_out=True) == {**squad, 'split': 'dev'}
     facts = {'reader': 'facts', 'count': 9, 'seed': 0, 'facts': (1, 8)}
     assert documents.source('facts,9') == {**facts, 'split': 'train'}
     assert documents.source('facts,9,phrasings') == {**facts, 'split': 'phrasings'}
     assert documents.source('facts,9,train,8')['facts'] == (8, 8)
-    with pytest.raises(UserError, match='how many made-up documents'):
-        documents.source('facts,many')
+    assert documents.source('facts,9', held_out=True)['split'] == 'phrasings'
+    for text, form in (
+        ('facts,many', 'facts,COUNT,SPLIT,FACTS'),
+        ('facts,9,train,8,5', 'facts,COUNT,SPLIT,FACTS'),
+        ('words,9,phrasings', 'words,COUNT'),
+        ('tfds,squad,train,1', 'tfds,NAME,SPLIT'),
+    ):
+        with pytest.raises(UserError, match=f'as {form}, not .{text}'):
+            documents.source(text)
