@@ -44,7 +44,7 @@ def get_config(argument: str = '') -> ConfigDict:
     if not records:
         raise UserError('name the records: configs/d2l_images.py:VARIANT,RECORDS')
     if variant == 'gemma':
-        config = d2l_docs.get_config(f'gemma2_2b,{records}')
+        config = d2l_docs.get_config(f'gemma2_2b,{records},{start}')
         config.hypernetwork.encoder.model = 'gemma3_4b'
     else:
         config = _stage(variant, records)

@@ -198,8 +198,9 @@ def _contexts(config: ConfigDict, tokens: int) -> int:
 
 
 def example(config: ConfigDict, base: BaseModel, encoder: BaseModel) -> Rows:
-    """A group of the shortest documents, in the most chunks; see `data.abstract`."""
-    parts, longest = len(config.chunks), config.context_tokens[0]
+    """A group of the most tokens, in the most chunks; see `data.abstract`."""
+    parts = len(config.chunks)
+    longest = max(config.context_tokens, key=lambda length: _contexts(config, length) * length)
     contexts = _contexts(config, longest)
     shape = (contexts * parts, -(-longest // parts))
     rows = join([row_of(config, Record('', np.zeros(0, np.int32), (), ()), [])] * contexts)

@@ -22,6 +22,7 @@ from hyperlora.errors import UserError
 from hyperlora.evaluation import plots, record
 from hyperlora.generation import answer, answer_in_batches
 from hyperlora.models.base import BaseModel
+from hyperlora.trained import Trained
 
 _DEPTH_BINS = 10
 
@@ -45,7 +46,7 @@ def needle_examples(
     """The examples of a length; each depends on (seed, length, index) alone.
 
     Returns:
-      Tokens of each document, the number hidden in it, and its depth (0 first, 1 last), evenly
+      Tokens of each document (the writer's), the number hidden in it, and its depth (0 first, 1 last), evenly
       spread.
     """
     depths = np.linspace(0, 1, config.examples)
@@ -105,7 +106,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     )
     todo = [n for n in sorted(set(config.lengths)) if str(n) not in metrics['exact_match']]
     answerer = Answerer(Internalizer(model))
-    writer = Writer(base.tokenizer)
+    writer = Writer(model.hypernetwork.encoder.tokenizer)
     start, work_done = time.perf_counter(), 0
 
     def work(length):  # for the ETA: reading takes most of the time, up to a window of tokens
@@ -113,7 +114,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
 
     for length in todo:
         documents, numbers, depths = needle_examples(config, writer, haystack, length)
-        results = _answer_all(config, base, answerer, documents)
+        results = _answer_all(config, model, answerer, documents)
         key = str(length)
         for score in SCORES:
             metrics[score.__name__][key] = {
@@ -150,9 +151,10 @@ def _check(config: ConfigDict) -> None:
 
 
 def _answer_all(
-    config: ConfigDict, base: BaseModel, answerer: Answerer, documents: list[list[int]]
+    config: ConfigDict, model: Trained, answerer: Answerer, documents: list[list[int]]
 ) -> dict[str, tuple[dict[int, str], float]]:
     """Method -> (answers by index of the example, seconds per example)."""
+    base, read = model.base, model.hypernetwork.encoder.tokenizer.decode
     question = base.tokenizer.prompt(QUESTION)
     new = config.max_new_tokens
     everyone = range(len(documents))
@@ -167,9 +169,10 @@ def _answer_all(
     def in_context():
         # Spread over the examples, so over the depths.
         chosen = np.linspace(0, len(documents) - 1, config.baseline_examples).round()
-        prompts = {
-            int(i): in_context_prompt(base, documents[int(i)], QUESTION, new) for i in chosen
-        }
+        prompts = {}
+        for i in map(int, chosen):
+            document = base.tokenizer.encode(read(documents[i]))
+            prompts[i] = in_context_prompt(base, document, QUESTION, new)
         texts = answer_in_batches(base, list(prompts.values()), new)
         return dict(zip(prompts, texts, strict=True))
 

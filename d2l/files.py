@@ -77,11 +77,14 @@ def _pdf(data: bytes, name: str) -> str:
         raise UserError(f"{name}: PDF needs pip install 'hyperlora[documents]'") from error
     try:
         pages = pypdf.PdfReader(io.BytesIO(data))
-        if pages.is_encrypted and not pages.decrypt(''):
-            raise UserError(f'{name}: the PDF is encrypted; remove its password first')
-        text = '\n'.join(page.extract_text() for page in pages.pages)
-    except (pypdf.errors.PyPdfError, ValueError, KeyError, RecursionError, OSError) as error:
+        locked = pages.is_encrypted and not pages.decrypt('')
+        text = '' if locked else '\n'.join(page.extract_text() for page in pages.pages)
+    except pypdf.errors.DependencyError as error:  # what AES needs
+        raise UserError(f'{name}: the PDF is encrypted; decrypt it first ({error})') from error
+    except Exception as error:  # whatever a broken file leads pypdf to
         raise UserError(f'{name}: not a readable PDF ({error})') from error
+    if locked:
+        raise UserError(f'{name}: the PDF is encrypted; remove its password first')
     if not text.strip():
         raise UserError(f'{name}: the PDF holds no text (only pictures?)')
     return text

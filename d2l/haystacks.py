@@ -190,7 +190,7 @@ def python_manual() -> tuple[str, ...]:
         p
         for text in topics.values()
         for p in re.split(r'\n\s*\n', text)
-        if not p.startswith((' ', '   ', '*', '+', '|', '-', '>'))
+        if not p.startswith((' ', '*', '+', '|', '-', '>'))
     ]
     return tuple(split_sentences(re.sub(r'[*`]', '', '\n\n'.join(running))))
 

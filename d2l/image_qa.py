@@ -139,8 +139,10 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
       workdir: existing folder to write to; a rerun with the same settings goes on.
 
     Raises:
-      UserError: a checkpoint or pictures that do not fit.
+      UserError: bad settings; a checkpoint or pictures that do not fit.
     """
+    if config.limit < 0 or config.batch < 1:
+        raise UserError('limit must not be negative, and batch must be positive')
     model = trained.load(checkpoint)
     captioner = trained.load(config.captioner, model.base) if config.captioner else None
     internalizer = ImageInternalizer(model, captioner)

@@ -26,7 +26,7 @@ _MAX_RANK = 2048  # past this rank a growing LoRA is folded into its delta, whic
 
 
 def _generate(trained: Trained):
-    """Jitted generation for a chunk batch; one per model, so that shapes compile once."""
+    """Jitted generation for a chunk batch; one per Internalizer, so that shapes compile once."""
 
     def run(params, encoder_params, context, iterative):
         return trained.hypernetwork.generate(

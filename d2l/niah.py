@@ -77,10 +77,16 @@ class Writer:
           depth: 0 puts it first, 1 last; None at random.
           line_breaks: how many of the sentences begin a new line, as a fraction.
         """
-        left = tokens - (len(self._encode(' ' + needle)) if needle else 0)
+        # What stands before a sentence is drawn when they are known: room for any of these.
+        before = ('', ' ', '\n') if line_breaks else (' ',)
+
+        def room(text: str) -> int:
+            return max(len(self._encode(mark + text)) for mark in before)
+
+        left = tokens - (room(needle) if needle else 0)
         texts: list[str] = []
         for text in haystack(rng, max(left // 4, 0)):
-            left -= len(self._encode(' ' + text))
+            left -= room(text)
             if left < 0:
                 break
             texts.append(text)

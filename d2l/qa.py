@@ -265,7 +265,15 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     names = methods_of(config.methods, METHODS)
     if list(config.steps) != sorted(set(config.steps)) or min(config.steps, default=0) < 1:
         raise UserError(f'steps must be positive numbers that rise, not {config.steps}')
-    for key in ('truncated_tokens', 'retrieved_tokens', 'query_tokens', 'answer_tokens'):
+    for key in (
+        'truncated_tokens',
+        'retrieved_tokens',
+        'generated_questions',
+        'rank',
+        'query_tokens',
+        'answer_tokens',
+        'max_new_tokens',
+    ):
         if config[key] < 1:
             raise UserError(f'{key} must be a positive number, not {config[key]}')
     if config.limit < 0 or config.questions < 0:

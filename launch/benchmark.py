@@ -195,7 +195,7 @@ def main(_):
         },
     )
 
-    rng, writer = np.random.default_rng(0), niah.Writer(base.tokenizer)
+    rng, writer = np.random.default_rng(0), niah.Writer(model.hypernetwork.encoder.tokenizer)
     document = writer.write(rng, haystacks.varied, 1024, niah.NEEDLE.format(1234)).tokens
     internalizer = Internalizer(model)
     report(

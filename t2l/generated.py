@@ -598,7 +598,6 @@ _TABLE: dict[str, dict[str, dict[str, Callable[[str], str]]]] = {
             'plural': _ENGLISH.plural,
             'with_article': _ENGLISH.a,
         },
-        'noun_phrase': {},
         'counted_noun': {
             'count_with_noun': functools.partial(_counted, in_words=False),
             'count_in_words_with_noun': functools.partial(_counted, in_words=True),

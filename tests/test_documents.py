@@ -647,6 +647,8 @@ def test_groups(tmp_path, kind):
     assert largest['context']['tokens'] == (8, 4)
     assert largest['query']['tokens'] == (4, 16)
     assert ('teacher' in largest) == (kind == 'online')
+    config.group_tokens = 1  # a document alone: the longest
+    assert docs.example(config, None, None)['context']['tokens'].size == max(config.context_tokens)
 
 
 def test_documents_together(tmp_path):

@@ -72,6 +72,22 @@ def test_refused(tmp_path, name, data, message):
     assert name in str(error.value)
 
 
+def test_pdfs_that_are_encrypted_otherwise(tmp_path, monkeypatch):
+    """By AES, for which pypdf may lack a package; or by what it does not know."""
+    (tmp_path / 'a.pdf').write_bytes(pdf('secret'))
+    for error, message in (
+        (pypdf.errors.DependencyError('cryptography is required'), 'decrypt it first .crypto'),
+        (NotImplementedError('unknown handler'), 'not a readable PDF .unknown handler'),
+    ):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(pypdf, 'PdfReader', fail)
+        with pytest.raises(UserError, match=message):
+            files.read(tmp_path / 'a.pdf')
+
+
 def test_missing(tmp_path):
     for path in (tmp_path / 'absent.txt', tmp_path):
         with pytest.raises(UserError, match='cannot read the document'):

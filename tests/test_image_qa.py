@@ -135,6 +135,9 @@ def test_evaluation(model, captioner, package, tmp_path, monkeypatch):  # noqa: 
     config.groups = ('birds',)
     with pytest.raises(UserError, match="no picture of the group 'birds'"):
         image_qa.evaluate(config, 'reader', tmp_path)
+    for key, value in (('limit', -1), ('batch', 0)):
+        with pytest.raises(UserError, match='limit must not be negative, and batch'):
+            image_qa.evaluate(ConfigDict({**config, key: value}), 'reader', tmp_path)
 
 
 def test_no_image_is_seen_in_training(package, tmp_path, monkeypatch):  # noqa: F811
@@ -165,6 +168,8 @@ def test_no_image_is_seen_in_training(package, tmp_path, monkeypatch):  # noqa: 
         assert said == name or (said in alike and record.name.endswith('/4'))
     config = d2l_images.get_config('smollm2,RECORDS,START')
     assert config.hypernetwork.encoder.model == '' and config.data.name == 'documents'
+    for argument, start in (('smollm2,RECORDS,START', 'START'), ('gemma,RECORDS,START', 'START')):
+        assert d2l_images.get_config(argument).init_from == start
 
 
 def test_the_way_in_from_python(model, captioner, package, tmp_path, monkeypatch):  # noqa: F811

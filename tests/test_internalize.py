@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import CharTokenizer, tiny_base, tiny_training
 
-from d2l import build, inspection, internalize
+from configs import eval_niah
+from d2l import build, evaluation, inspection, internalize
 from d2l.internalize import Answerer, Internalizer, Question
-from hyperlora import hypernetwork
+from hyperlora import hypernetwork, trained
 from hyperlora.errors import UserError
 from hyperlora.generation import answer
 from hyperlora.models.decoder import first_layers
@@ -111,6 +112,44 @@ def test_another_model_may_read_the_documents(monkeypatch):
     own, shared = built.module.apply({'params': params}, hidden[:, None], context['mask'])
     wanted = {k: v + delta(shared)[k] for k, v in delta(own).items()}
     assert_same(delta(Internalizer(Trained(config, base, built, params))(tokens)), wanted)
+
+
+def test_needles_are_hidden_in_the_tokens_of_the_reader(model, tmp_path, monkeypatch):
+    class Shifted(CharTokenizer):
+        def encode(self, text):
+            return [token ^ 1 for token in super().encode(text)]
+
+        def decode(self, ids):
+            return super().decode([token ^ 1 for token in ids])
+
+    encoder = dataclasses.replace(model.base, tokenizer=Shifted())
+    other = dataclasses.replace(
+        model, hypernetwork=dataclasses.replace(model.hypernetwork, encoder=encoder)
+    )
+    read, asked = [], []
+
+    class Reader:
+        def __init__(self, internalizer):
+            pass
+
+        def __call__(self, questions, max_new_tokens):
+            read.extend(Shifted().decode(q.document) for q in questions)
+            return [''] * len(questions)
+
+    def answers(base, prompts, *_):
+        asked.extend(map(base.tokenizer.decode, prompts))
+        return [''] * len(prompts)
+
+    monkeypatch.setattr(trained, 'load', lambda *_, **__: other)
+    monkeypatch.setattr(evaluation, 'Answerer', Reader)
+    monkeypatch.setattr(evaluation, 'answer', answers)
+    monkeypatch.setattr(evaluation, 'answer_in_batches', answers)
+    monkeypatch.setattr(evaluation, 'QUESTION', 'N?')
+    config = eval_niah.get_config()
+    config.update({'lengths': (64,), 'examples': 2, 'baseline_examples': 2})
+    evaluation.evaluate(config, 'x', tmp_path)
+    assert len(read) == 2 and all('magic number is' in text for text in read)
+    assert asked[1:] == [f'{text}\n\nN?' for text in read]
 
 
 def test_layer_by_layer_gives_the_same(model):

@@ -180,6 +180,21 @@ def test_documents_have_the_lengths_asked_for():
         assert len(document.sentences) > 5
 
 
+def test_line_breaks_that_are_tokens_take_room():
+    class Merging(CharTokenizer):
+        """As byte pairs do: a space is part of the word after it, a line break is not."""
+
+        def encode(self, text):
+            return super().encode(text.removeprefix(' '))
+
+    writer, rng = niah.Writer(Merging()), np.random.default_rng(0)
+    needle = niah.NEEDLE.format(1234)
+    for length in range(100, 160):
+        document = writer.write(rng, haystacks.grass, length, needle, 1.0, line_breaks=1.0)
+        assert len(document.tokens) <= length
+        assert CharTokenizer().decode(document.tokens).endswith('1234.')
+
+
 def test_batches_stack_microbatches_and_groups():
     config = d2l_niah.get_config('tiny').data
     config.stages = [STAGE]

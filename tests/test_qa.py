@@ -314,6 +314,7 @@ def test_retrieval_takes_the_chunk_that_fits(model):
         ({'methods': ('d2l_other',), 'limit': 1}, 'needs a second document'),
         ({'steps': (2, 1)}, 'steps must be positive numbers that rise'),
         ({'retrieved_tokens': 0}, 'retrieved_tokens must be a positive number'),
+        ({'generated_questions': 0}, 'generated_questions must be a positive number'),
         ({'limit': -1}, 'must not be negative'),
     ],
 )
