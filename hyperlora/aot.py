@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from hyperlora import costs, data, meta_learning, sharding
+from hyperlora.errors import UserError
 from hyperlora.generation import greedy
 from hyperlora.lora import Lora
 from hyperlora.meta_learning import Learner, Plan, TrainState
@@ -31,12 +32,12 @@ _NEW_TOKENS = 32
 _CONTEXT_TOKENS = 4096  # that a data shard internalises at once
 
 
-def report(config: ConfigDict, name: str, steps: Sequence[str] = STEPS) -> dict[str, Any]:
+def report(config: ConfigDict, name: str | None, steps: Sequence[str] = STEPS) -> dict[str, Any]:
     """Compiles steps of an experiment for a topology.
 
     Args:
       config: as for `meta_learning.train`.
-      name: of the topology, see `tpus.topology`.
+      name: of the topology, see `tpus.topology`; None for that which the config names.
       steps: of `STEPS`.
 
     Returns:
@@ -45,18 +46,20 @@ def report(config: ConfigDict, name: str, steps: Sequence[str] = STEPS) -> dict[
     Raises:
       UserError: an unknown topology, a mesh that does not fit it, or a bad config.
     """
+    meta_learning.check_config(config)
+    name = name or config.get('topology')
+    if not name:
+        raise UserError(f'{config.name} names no topology: give --topology=v5e:2x2 or another')
     target = topology(name)
     mesh = sharding.make_mesh(config.mesh, target.devices)
     rules = functools.partial(sharding.rules, config.get('rules'))
     with rules():
-        base = abstract_base(
-            config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization
-        )
+        base = abstract_base(config.base, config.base_dtype, mesh, config.base_quantization)
         plan = meta_learning.make_plan(config, base, mesh)
         # What is computed anew in the backward pass is no progress: it does not count in the MFU.
         other = config.copy_and_resolve_references()
         other.remat = 'none'
-        if 'remat' in other.hypernetwork.shape:
+        if 'remat' in other.hypernetwork.get('shape', {}):
             other.hypernetwork.shape.remat = 'none'
         lean = meta_learning.make_learner(other, base, plan.learner.groups, mesh)
     held = [base.params, plan.state]
@@ -131,6 +134,8 @@ def _generate(config: ConfigDict, base: BaseModel, plan: Plan, target: Topology)
         plan.frozen.get('encoder', base.params),
         hypernetwork.example,
     )
+    if not isinstance(chunks, Lora):
+        raise UserError(f'{config.name} makes no LoRA to answer with: give --step=train')
     rank = chunks.rank + (0 if shared is None else shared.rank)
     rows = sharding.data_shards(mesh) * _ROWS
     pairs = jax.tree.map(

@@ -19,7 +19,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers, multihost
 
 from hyperlora import hosts
-from hyperlora.errors import UserError
+from hyperlora.errors import Outage, UserError
 
 # Settings that may differ when a run resumes: they do not change what it computes. Those of the
 # second line spread a step over devices and microbatches; `rows_per_step` of the record is what
@@ -36,21 +36,22 @@ class Checkpointer:
     """Asynchronous checkpoints of the train state and a JSON record.
 
     All processes of a run save together, each its part of the arrays, into one directory. Where the
-    data stand follows from the step. Call `save` after each step: it saves at each multiple of
-    `every`. A save that a crash or a full disk cut short is ignored and cleared away.
+    data stand follows from the step. A save that a crash or a full disk cut short is ignored and
+    cleared away.
+
+    Where a method raises UserError as the disk does not do what it should, it raises Outage if the
+    directory is a URL.
 
     Args:
       directory: absolute path or gs:// URL of the checkpoints (gs:// needs the `gcs` extra).
-      every: steps between two checkpoints.
       keep: how many of the latest checkpoints to keep.
     """
 
-    def __init__(self, directory, every: int, keep: int):
+    def __init__(self, directory, keep: int):
         self._directory = epath.Path(directory)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                save_decision_policy=checkpoint_managers.FixedIntervalPolicy(every),
                 preservation_policy=checkpoint_managers.LatestN(keep),
                 cleanup_tmp_directories=True,
                 single_host_load_and_broadcast=True,  # they agree about the latest step
@@ -58,14 +59,13 @@ class Checkpointer:
             ),
         )
 
-    def save(self, step: int, state, meta: dict, force: bool = False) -> bool:
-        """Starts saving if `step` is due, or `force`; a step already saved is left alone.
+    def save(self, step: int, state, meta: dict) -> bool:
+        """Starts saving; a step already saved is left alone.
 
         Args:
           step: number of steps done.
           state: pytree of arrays.
           meta: JSON record, see `check_meta`.
-          force: save although the step is not due (at the end of a run).
 
         Returns:
           Whether a save was started. It may be used at once: arrays are copied before this returns.
@@ -81,7 +81,7 @@ class Checkpointer:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
                 ),
-                force=force,
+                force=True,  # whatever Orbax's policy says
             )
 
     def latest_step(self) -> int | None:
@@ -136,16 +136,17 @@ class Checkpointer:
         # A full disk surfaces as an OSError or as what tensorstore makes of it, often in a later
         # call, as the writing is asynchronous.
         except Exception as error:
-            reason = ' '.join(str(error).split())[:300] or type(error).__name__
-            last = self._last_good()
+            what = f'{hosts.name()} cannot write a checkpoint to {self._directory}'
+            if _remote(self._directory):
+                raise Outage(
+                    f'{what} ({_reason(error)}); those before are intact: start again to continue'
+                ) from error
+            steps = _steps(self._directory)
+            last = f'the checkpoint of step {max(steps)}' if steps else 'no checkpoint before it'
             raise UserError(
-                f'{hosts.name()} cannot write a checkpoint to {self._directory} ({reason}); '
-                f'{last} is intact. Make room there, then start again to continue from it'
+                f'{what} ({_reason(error)}); {last} is intact. Make room there, then start again '
+                'to continue from it'
             ) from error
-
-    def _last_good(self) -> str:
-        steps = _steps(self._directory)
-        return f'the checkpoint of step {max(steps)}' if steps else 'no checkpoint before it'
 
 
 def load_params(directory) -> tuple[dict, dict]:
@@ -207,13 +208,20 @@ def _explained(directory, step):
         yield
     # Damage surfaces as whatever Orbax, tensorstore, JSON or grain stumbles on.
     except Exception as error:
-        reason = ' '.join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
+        raise (Outage if _remote(directory) else UserError)(
             f'cannot restore step {step} of {directory}: if it is damaged, delete '
             f'{directory / str(step)} to fall back to the checkpoint before; if it was '
             'written by another model, resume with that or use another workdir '
-            f'(reason: {reason})'
+            f'(reason: {_reason(error)})'
         ) from error
+
+
+def _remote(directory: epath.Path) -> bool:
+    return '://' in str(directory)
+
+
+def _reason(error: Exception) -> str:
+    return ' '.join(str(error).split())[:300] or type(error).__name__
 
 
 def check_meta(saved: dict, current: dict):

@@ -28,7 +28,7 @@ from etils import epath
 # The client of the coordination service has no public name; Orbax finds it here too.
 from jax._src import distributed
 
-from hyperlora.errors import UserError
+from hyperlora.errors import Outage, UserError
 
 # Seconds until a file that one host wrote must be seen by the others (NFS caches directories).
 VISIBLE_AFTER = 60.0
@@ -53,8 +53,8 @@ def initialize(
       address: host:port of process 0; like the next two None where JAX finds it out (Cloud TPU,
         Slurm, Open MPI).
       num_processes, process_id: how many there are, and which of them this one is.
-      timeout: seconds to wait for the others. Past them the process ends: JAX's own time-out
-        aborts it without a chance to say why.
+      timeout: seconds to wait for the others. Past them the process ends with 1: JAX's own
+        time-out aborts it without a chance to say why.
 
     Raises:
       UserError: there is no cluster to join, or the numbers make no sense.
@@ -104,7 +104,7 @@ def exchange(value: str) -> list[str]:
     """The values of all processes, in their order. All must call it, and equally often.
 
     Raises:
-      UserError: one did not within the time-out of `initialize`.
+      Outage: one did not within the time-out of `initialize`.
     """
     client = distributed.global_state.client
     if client is None:
@@ -117,7 +117,7 @@ def exchange(value: str) -> list[str]:
     except jax.errors.JaxRuntimeError as error:
         came = {int(key.rsplit('/', 1)[1]) for key, _ in client.key_value_dir_get(key)}
         missing = ', '.join(f'host {i}' for i in range(count) if i not in came)
-        raise UserError(
+        raise Outage(
             f'waited {_timeout} s for {missing or "the other hosts"}: see the logs there'
         ) from error
     values = {int(key.rsplit('/', 1)[1]): value for key, value in client.key_value_dir_get(key)}
@@ -247,7 +247,7 @@ def _give_up(timeout: int) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(2)
+    os._exit(1)  # as after an Outage: hosts may only be late
 
 
 def _answers(address: str) -> bool:

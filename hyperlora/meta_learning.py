@@ -14,6 +14,7 @@ k labels, d width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -40,7 +41,7 @@ from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.lora import Lora
 from hyperlora.metrics import MetricWriter, Progress
 from hyperlora.models.base import BaseModel, load_base
-from hyperlora.models.decoder import Decoder, prefix
+from hyperlora.models.decoder import REMAT_POLICIES, Decoder, prefix
 
 Batch = dict[str, dict[str, jax.Array]]
 
@@ -316,6 +317,26 @@ def make_plan(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh) -> P
 # ---------------------------------------------------------------------------------- the loop
 
 
+def check_config(config: ConfigDict) -> None:
+    """Checks what is needed before anything is loaded.
+
+    Raises:
+      UserError: the config is not that of a training, or a number or name in it makes no sense.
+    """
+    for part in ('base', 'hypernetwork', 'objective', 'data', 'optimizer'):
+        if part not in config:
+            raise UserError(
+                f'{config.get("name")!r} is no experiment to train: its config has no {part}'
+            )
+    for key in ('groups', 'accumulate', 'log_every', 'checkpoint_every', 'keep_checkpoints'):
+        if config[key] < 1:
+            raise UserError(f'config.{key} must be positive, not {config[key]}')
+    if config.remat not in REMAT_POLICIES:
+        raise UserError(
+            f'unknown config.remat {config.remat!r}; known: {", ".join(REMAT_POLICIES)}'
+        )
+
+
 def train(config: ConfigDict, workdir: str) -> TrainState:
     """Trains until the config's last step, resuming from the workdir if it holds a checkpoint.
 
@@ -324,19 +345,17 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     Raises:
       UserError: a bad config, a checkpoint of another base or config, or a loss that is not finite.
     """
-    for key in ('log_every', 'checkpoint_every', 'keep_checkpoints'):
-        if config[key] < 1:
-            raise UserError(f'config.{key} must be positive, not {config[key]}')
+    check_config(config)
     # ---- hosts, mesh and base model
     hosts.check_agreement({'config': config.to_dict(), 'workdir': workdir})
     hosts.check_shared(workdir)
     mesh = sharding.make_mesh(config.mesh)
     rules = functools.partial(sharding.rules, config.get('rules'))
     with rules():
-        base = load_base(config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization)
+        base = load_base(config.base, config.base_dtype, mesh, config.base_quantization)
         plan = make_plan(config, base, mesh)
     learner, encoder = plan.learner, plan.learner.hypernetwork.encoder
-    with jax.set_mesh(mesh), rules(), _StopOnSignal() as stop:
+    with jax.set_mesh(mesh), rules(), _StopOnSignal() as stop, contextlib.ExitStack() as at_end:
         # ---- data, checkpoint, metrics
         dataset = data.build(
             config.data,
@@ -359,9 +378,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             'config': config.to_dict(),
         }
         hosts.check_agreement(meta)  # what they loaded
-        checkpointer = Checkpointer(
-            f'{workdir}/checkpoints', config.checkpoint_every, config.keep_checkpoints
-        )
+        checkpointer = Checkpointer(f'{workdir}/checkpoints', config.keep_checkpoints)
         start = checkpointer.latest_step()
         if start is None:
             state = plan.init(encoder.params)
@@ -384,6 +401,8 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             )
         )
         writer = MetricWriter(workdir, start) if hosts.is_first() else None
+        if writer:
+            at_end.callback(writer.close)
         size = sum(x.size for x in jax.tree.leaves(state.params))
         _report(
             f'{config.name}: {size / 1e6:.1f} M parameters train on {mesh.size} device(s) of '
@@ -430,14 +449,12 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             if saving:
                 if writer:
                     writer.flush()
-                checkpointer.save(step, state, meta, force=True)
+                checkpointer.save(step, state, meta)
             if stopping:
                 checkpointer.wait()
                 _report(f'stop requested: saved step {step} in {workdir}')
                 break
         checkpointer.close()
-        if writer:
-            writer.close()
         return state
 
 

@@ -252,7 +252,8 @@ class Session:
         directory, base = Path(directory), self.base
         merged = lora_lib.merge(base.params, _lora(adapter))
         params = jax.tree.map(lambda x: x.astype(dtype), merged)
-        config = {**hf_config(base), 'torch_dtype': dtype}
+        # Of both names the newer one counts, which is that of the base model's own weights.
+        config = {k: v for k, v in hf_config(base).items() if k != 'dtype'} | {'torch_dtype': dtype}
         # Where our answers end: config.json may name another token, or none.
         generation_config = json.dumps({'eos_token_id': base.tokenizer.eos_id}) + '\n'
         try:

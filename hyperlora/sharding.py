@@ -174,7 +174,7 @@ def check_divided(tree: Any) -> None:
         largest = [name for name in sorted(found, key=found.get, reverse=True) if found[name]][:5]
         raise UserError(
             f'{whole / total:.0%} of {total / 2**20:.0f} MiB are replicated although the mesh '
-            f'could divide them, most of all {", ".join(largest)}; set config.rules or config.mesh'
+            f'could divide them, most of all {", ".join(largest)}; set config.mesh, or rules in the config'
         )
 
 

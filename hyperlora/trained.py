@@ -83,7 +83,7 @@ def load(
         encoder_fingerprint = meta['encoder_fingerprint']
         base = base or load_base(
             config.base,
-            jnp.dtype(config.base_dtype),
+            config.base_dtype,
             quantization=quantization or config.base_quantization,
         )
         if fingerprint != base.fingerprint:

@@ -32,7 +32,7 @@ def main(_):
     from hyperlora import aot
 
     steps = aot.STEPS if _STEP.value == 'all' else (_STEP.value,)
-    report = aot.report(_CONFIG.value, _TOPOLOGY.value or _CONFIG.value.topology, steps)
+    report = aot.report(_CONFIG.value, _TOPOLOGY.value, steps)
     print(json.dumps(report, indent=2), flush=True)
     if not all(step['fits'] for step in report['steps'].values()):
         sys.exit(1)

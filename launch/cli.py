@@ -9,9 +9,10 @@ import uuid
 
 from absl import app, flags, logging
 
-from hyperlora.errors import UserError
+from hyperlora.errors import Outage, UserError
 
 STOPPED = 75  # exit code of a training that was told to stop, and saved: "try again" in sysexits.h
+EXPLAINED = (UserError, ModuleNotFoundError, Outage)  # what is shown without a traceback
 
 
 def run(main):
@@ -19,7 +20,8 @@ def run(main):
 
     Exit codes: 0 on success; 2 after a user's mistake (a UserError, a bad flag, a bad config file
     or override, a package of an extra that is not installed), shown as one line `error: ...` on
-    stderr; `STOPPED`; 130 after Ctrl-C. Any other exception is a bug and keeps its traceback.
+    stderr; 1 after an Outage, shown likewise; `STOPPED`; 130 after Ctrl-C. Any other exception is a
+    bug and keeps its traceback, with 1.
     Positional arguments are refused.
 
     Args:
@@ -34,18 +36,23 @@ def run(main):
 
     try:
         app.run(configured_main, flags_parser=_parse_flags)
-    except (UserError, ModuleNotFoundError) as error:
+    except EXPLAINED as error:
         print('error:', explained(error), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_code(error))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def explained(error: UserError | ModuleNotFoundError) -> str:
-    """A user's mistake in one line."""
+def explained(error: Exception) -> str:
+    """One of `EXPLAINED` in one line."""
     if isinstance(error, ModuleNotFoundError):
         return f'the package {error.name} is not installed; the extras in setup.py hold it'
     return ' '.join(str(error).split())
+
+
+def exit_code(error: Exception) -> int:
+    """That of one of `EXPLAINED`."""
+    return 1 if isinstance(error, Outage) else 2
 
 
 def writable_directory(path) -> pathlib.Path:

@@ -55,10 +55,10 @@ def together():
     hosts.initialize(_ADDRESS.value, _COUNT.value, _ID.value, _TIMEOUT.value)
     try:
         yield
-    except (UserError, ModuleNotFoundError) as error:
+    except cli.EXPLAINED as error:
         message = cli.explained(error)
         print(f'error: {message}', file=sys.stderr)
-        hosts.fail(message, 2)
+        hosts.fail(message, cli.exit_code(error))
     except Exception as error:
         traceback.print_exc()
         hosts.fail(repr(error), 1)

@@ -30,13 +30,14 @@ def generate():
     output = cli.writable_directory(_OUTPUT.value)
     config = _CONFIG.value
     import jax
-    import jax.numpy as jnp
 
     from d2l import distillation, documents, records
     from hyperlora import hosts, lora_table, sharding, trained
     from hyperlora.evaluation import record
     from hyperlora.models.base import load_base, load_encoder
 
+    if 'source' not in config:
+        raise UserError('this is no config of documents; see configs/documents.py')
     try:
         settings = distillation.Settings(**config.settings)
     except (TypeError, ValueError) as error:
@@ -73,7 +74,7 @@ def generate():
         else:
             records.check_meta(path, meta)
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
-    base = load_base(config.base, jnp.dtype(config.base_dtype), mesh, config.base_quantization)
+    base = load_base(config.base, config.base_dtype, mesh, config.base_quantization)
     encoder = load_encoder(config.encoder, config.base_dtype, mesh) if config.encoder else base
     made_with = {
         **meta,

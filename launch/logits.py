@@ -9,6 +9,7 @@ layer, then the final norm. Values at padding mean nothing.
 
 import pathlib
 import zipfile
+import zlib
 
 from absl import flags
 
@@ -32,7 +33,7 @@ def read_tokens(path: str):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as e:
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile, zlib.error, EOFError) as e:
         raise UserError(f'{path}: not a readable .npz file ({e})') from e
     if 'input_ids' not in arrays:
         raise UserError(f'{path}: holds no input_ids, only {", ".join(arrays) or "nothing"}')

@@ -331,6 +331,15 @@ def test_mistakes(needs_libtpu, tiny_model, command):
     assert_mistake(command('--topology=2*v4:2x2x1'), 'slices of v4', 'not published')
     assert_mistake(command('--config.mesh.fsdp=3'), '3 places for 4 devices', 'config.mesh')
     assert_mistake(command('--config.base=gemma9'), 'unknown base model')
+    assert_mistake(command('--config.base_dtype=flaot32'), 'unknown dtype', 'flaot32', 'bfloat16')
+    assert_mistake(command('--config.groups=0'), 'config.groups must be positive')
+
+
+def test_an_experiment_without_a_topology(tiny_model):
+    config = d2l_niah.get_config('tiny')
+    del config.topology
+    with pytest.raises(UserError, match='names no topology: give --topology'):
+        aot.report(config, None)
 
 
 @pytest.mark.slow

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hyperlora import checkpointing
-from hyperlora.errors import UserError
+from hyperlora.errors import Outage, UserError
 
 META = {
     'base_fingerprint': 'aaa',
@@ -45,15 +46,15 @@ def _abstract(state):
 @pytest.fixture
 def saved(tmp_path):
     """A directory with checkpoints of steps 2 and 4."""
-    checkpointer = checkpointing.Checkpointer(tmp_path / 'run', every=2, keep=2)
-    for step in range(1, 5):
+    checkpointer = checkpointing.Checkpointer(tmp_path / 'run', keep=2)
+    for step in (2, 4):
         checkpointer.save(step, _state(), META)
     checkpointer.close()
     return tmp_path / 'run'
 
 
 def _open(directory):
-    return checkpointing.Checkpointer(directory, every=2, keep=2)
+    return checkpointing.Checkpointer(directory, keep=2)
 
 
 def test_resume_gives_back_the_state(saved):
@@ -78,14 +79,13 @@ def test_restore_uses_the_shardings_asked_for(saved):
     checkpointer.close()
 
 
-def test_interval_force_and_keep(tmp_path):
+def test_the_latest_are_kept(tmp_path):
     checkpointer = _open(tmp_path / 'run')
     assert checkpointer.latest_step() is None
-    due = [checkpointer.save(step, _state(), META) for step in range(1, 7)]
-    assert due == [False, True] * 3
-    assert checkpointer.save(7, _state(), META, force=True)
+    for step in (2, 4, 6, 7):
+        assert checkpointer.save(step, _state(), META)
     checkpointer.wait()
-    assert not checkpointer.save(7, _state(), META, force=True)
+    assert not checkpointer.save(7, _state(), META)
     assert not checkpointer.reached_preemption(7)
     checkpointer.close()
     assert {path.name for path in (tmp_path / 'run').iterdir()} == {'6', '7'}
@@ -99,7 +99,7 @@ from hyperlora import checkpointing
 class Deadly(dict):
     def items(self): os.kill(os.getpid(), signal.SIGKILL)
 
-checkpointer = checkpointing.Checkpointer(sys.argv[1], every=1, keep=2)
+checkpointer = checkpointing.Checkpointer(sys.argv[1], keep=2)
 checkpointer.save(1, {'w': jnp.ones(4)}, {})
 checkpointer.wait()
 checkpointer.save(2, {'w': jnp.ones(4)}, Deadly(a=1))
@@ -182,6 +182,25 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_remains(saved):
     assert checkpointer.save(6, _state(), META)
     checkpointer.close()
     assert {path.name for path in saved.iterdir()} == {'4', '6'}
+
+
+def test_a_bucket_that_fails_may_work_again(saved, monkeypatch):
+    """Exit code 2 would tell launchers that no restart helps."""
+    checkpointer = _open(saved)
+    checkpointer.close()
+
+    def fail(*_, **__):
+        raise OSError('503 from the bucket')
+
+    monkeypatch.setattr(checkpointer._manager, 'save', fail)
+    monkeypatch.setattr(checkpointer._manager, 'restore', fail)
+    with pytest.raises(UserError, match='step 4 is intact. Make room there'):
+        checkpointer.save(6, {}, META)
+    monkeypatch.setattr(checkpointer, '_directory', epath.Path('gs://bucket/run'))
+    with pytest.raises(Outage, match='cannot write .*gs://bucket/run .503 from .* start again'):
+        checkpointer.save(6, {}, META)
+    with pytest.raises(Outage, match='cannot restore step 4 of gs://bucket/run'):
+        checkpointer.restore(4, {})
 
 
 def test_a_step_keeps_its_rows_however_they_are_spread():

@@ -16,7 +16,7 @@ _COMMAND = """
 import sys
 from absl import flags
 from ml_collections import config_flags
-from hyperlora.errors import UserError
+from hyperlora.errors import Outage, UserError
 from launch import cli
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
@@ -26,6 +26,8 @@ flags.mark_flags_as_required(['config'])
 def main(argv):
     if _DO.value == 'mistake':
         raise UserError('two\\nlines')
+    if _DO.value == 'outage':
+        raise Outage('no bucket')
     if _DO.value == 'extra':
         import package_of_an_extra
     if _DO.value == 'bug':
@@ -128,6 +130,11 @@ def test_a_missing_package_is_named(command):
     done = command('--config=config.py', '--do=extra')
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert 'package_of_an_extra is not installed' in done.stderr
+
+
+def test_an_outage_is_one_line_and_exit_1(command):
+    done = command('--config=config.py', '--do=outage')
+    assert (done.returncode, done.stderr) == (1, 'error: no bucket\n')
 
 
 def test_ctrl_c_is_quiet(command):

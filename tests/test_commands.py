@@ -215,6 +215,8 @@ def test_bad_tokens(command, tmp_path, arrays, part):
     assert_mistake(command('logits', input=tmp_path / 'in.npz', **settings), part)
     (tmp_path / 'in.npz').write_bytes(b'PK\x03\x04 cut')
     assert_mistake(command('logits', input=tmp_path / 'in.npz', **settings), 'not a readable .npz')
+    np.save(tmp_path / 'in.npy', np.zeros((1, 2), int))
+    assert_mistake(command('logits', input=tmp_path / 'in.npy', **settings), 'not a readable .npz')
     assert not (tmp_path / 'out.npz').exists()
 
 
@@ -342,7 +344,7 @@ def test_descriptions_of_tasks_that_were_trained_on(task_checkpoint, base, monke
 
 def test_export_of_a_training(command, untrained, base, tmp_path, monkeypatch):
     config, params = untrained
-    saver = checkpointing.Checkpointer(tmp_path / 'run' / 'checkpoints', 1, 2)
+    saver = checkpointing.Checkpointer(tmp_path / 'run' / 'checkpoints', 2)
     meta = {
         'config': config.to_dict(),
         'base_fingerprint': base.fingerprint,

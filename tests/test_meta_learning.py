@@ -28,6 +28,7 @@ import pytest
 from conftest import TINY, tiny_base, tiny_training
 from ml_collections import ConfigDict
 
+from configs import eval_niah
 from hyperlora import costs, data, lora, meta_learning, objectives, sharding, trained
 from hyperlora.data.packing import pack
 from hyperlora.errors import UserError
@@ -383,6 +384,9 @@ def test_unknown_parts_are_refused(tmp_path, part, name, message):
     [
         ({'log_every': 0}, 'config.log_every must be positive, not 0'),
         ({'checkpoint_every': -1}, 'config.checkpoint_every'),
+        ({'groups': 0}, 'config.groups must be positive, not 0'),
+        ({'accumulate': 0}, 'config.accumulate'),
+        ({'remat': 'ful'}, "unknown config.remat 'ful'; known: none, "),
         ({'optimizer': {'steps': 7}}, 'the data have 6 steps, the training 7: set config.data.st'),
     ],
 )
@@ -391,6 +395,11 @@ def test_numbers_that_cannot_be_are_refused(tmp_path, change, message):
     config.update(change)
     with pytest.raises(UserError, match=message):
         meta_learning.train(config, str(tmp_path))
+
+
+def test_a_config_of_something_else_is_refused(tmp_path):
+    with pytest.raises(UserError, match="'eval_niah' is no experiment to train.* no base"):
+        meta_learning.train(eval_niah.get_config(), str(tmp_path))
 
 
 @pytest.mark.parametrize('log_every', [1, 100])

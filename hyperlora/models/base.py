@@ -87,7 +87,7 @@ def load_base(
         that memory holds one more than the quantized model.
 
     Raises:
-      UserError: the name or quantization is unknown, the model's package is not installed, or the
+      UserError: the name, dtype or quantization is unknown, the model's package is not installed, or the
         files are damaged, not those of a supported model or not fit for int4.
     """
     if (Path(name) / 'config.json').is_file():
@@ -112,7 +112,8 @@ def abstract_base(
       dtype, mesh, quantization: as for `load_base`.
 
     Raises:
-      UserError: the name is unknown or its files are not those of a supported model.
+      UserError: the name, dtype or quantization is unknown, or its files are not those of a
+        supported model.
     """
     if quantization not in KINDS:
         raise UserError(f'unknown quantization {quantization!r}; known: {", ".join(KINDS)}')
@@ -126,8 +127,10 @@ def abstract_base(
         fields, tensors = weights.read_gguf(_locate(name))
         config, tokenizer = weights.gguf_config(fields, tensors), Tokenizer.from_gguf(fields)
 
+    dtype = _dtype(dtype)
+
     def place(path, leaf, sharding):
-        leaf = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding)
+        leaf = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
         path = jax.tree_util.keystr(path, simple=True, separator='/')
         return leaf if quantization == 'none' else quantize(path, leaf, quantization)
 
@@ -188,7 +191,7 @@ def load_params(
     """
     if quantization not in KINDS:
         raise UserError(f'unknown quantization {quantization!r}; known: {", ".join(KINDS)}')
-    dtype = jnp.dtype(dtype)
+    dtype = _dtype(dtype)
     records = {}
 
     def quantized(path, array):
@@ -207,6 +210,15 @@ def load_params(
         params = weights.from_gguf(fields, tensors, config, dtype, shardings(config, mesh), keep)
     fingerprint = weights.digest(records) if records else weights.fingerprint(params)
     return config, params, fingerprint
+
+
+def _dtype(dtype: DTypeLike) -> jnp.dtype:
+    try:
+        return jnp.dtype(dtype)
+    except TypeError as error:
+        raise UserError(
+            f'unknown dtype {dtype!r} of a base model; known: float32, bfloat16, float16'
+        ) from error
 
 
 def _reads_images(name: str) -> bool:
