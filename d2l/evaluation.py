@@ -46,8 +46,8 @@ def needle_examples(
     """The examples of a length; each depends on (seed, length, index) alone.
 
     Returns:
-      Tokens of each document (the writer's), the number hidden in it, and its depth (0 first, 1 last), evenly
-      spread.
+      Tokens of each document (the writer's), the number hidden in it, and its depth (0 first, 1
+      last), evenly spread.
     """
     depths = np.linspace(0, 1, config.examples)
     documents, numbers = [], []

@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hyperlora.errors import UserError
 
 # From the slowest network to the fastest. Along the first two parameters are copied: `slice` is for
-# slices of TPUs, between which only gradients travel, over the network of the data centre.
+# slices of TPUs (JAX also calls nodes of GPUs so), between which only gradients travel, over the
+# network of the data centre.
 AXES = ('slice', 'data', 'fsdp', 'tensor')
 COPIES = ('slice', 'data')
 BATCH = (*COPIES, 'fsdp')  # a batch is divided over them
@@ -174,7 +175,8 @@ def check_divided(tree: Any) -> None:
         largest = [name for name in sorted(found, key=found.get, reverse=True) if found[name]][:5]
         raise UserError(
             f'{whole / total:.0%} of {total / 2**20:.0f} MiB are replicated although the mesh '
-            f'could divide them, most of all {", ".join(largest)}; set config.mesh, or rules in the config'
+            f'could divide them, most of all {", ".join(largest)}; set config.mesh, or rules in '
+            "the config's file"
         )
 
 

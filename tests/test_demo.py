@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 
@@ -110,7 +111,11 @@ def test_reading_is_reported_and_stopped(engine, do):
     def report(done, about):
         seen.append(done)
         if done:
-            engine.browser('a').stops += 1
+            # From another thread, as clicks come: they must not wait for the reading to end.
+            click = threading.Thread(target=last, args=(do.stop, 'a'), daemon=True)
+            click.start()
+            click.join(20)
+            assert not click.is_alive() and engine.stops('a') == 1
 
     with pytest.raises(UserError, match='stopped; x was not'):
         engine.internalize('a', 'some', 'x', TEXTS[0] * 3 + TEXTS[1], report)
@@ -119,7 +124,7 @@ def test_reading_is_reported_and_stopped(engine, do):
     engine.internalize('a', 'some', 'x', TEXTS[0], lambda done, _: seen.append(done))
     assert seen[0] == 0 and seen[-1] == 1 and seen == sorted(seen)
     # Stopped while it waited for its turn.
-    asked = engine.browser('a').stops
+    asked = engine.stops('a')
     last(do.stop, 'a')
     stopped = last(do.internalize, 'a', 'some', TEXTS[1], None, asked, outputs=1)[-1]
     assert 'stopped; ' in stopped and list(engine.memory('a', 'some').documents) == ['x']

@@ -348,6 +348,16 @@ def test_watch_requests_anew_when_a_request_fails_but_not_for_ever(watch):
     assert calls == ['delete', 'create'] * 2 + ['tail']
 
 
+def test_watch_goes_on_when_gcloud_fails_but_not_for_ever(watch, tmp_path):
+    (tmp_path / 'fail-create').touch()
+    calls, errors = watch(['', '', ''], [], code=1)
+    assert calls == ['create'] * 3 + ['tail'] and 'could not be requested' in errors
+    (tmp_path / 'fail-delete').touch()
+    calls, errors = watch(['ACTIVE'] * 3, ['0'] * 3, code=1)
+    assert calls[4:] == ['delete'] * 3 + ['tail']
+    assert 'could not be given back' in errors and 'pod.sh delete --name=niah' in errors
+
+
 def test_watch_survives_a_setup_that_is_cut_short(watch, tmp_path):
     (tmp_path / 'fail-setup').touch()
     calls, errors = watch(['ACTIVE'] * 3, ['absent'] * 3, code=1)

@@ -1,7 +1,7 @@
 """What the page does, without the page: one model, the browsers that use it, and questions.
 
-Everything that computes holds one lock, a piece at a time: answers to several browsers come side by
-side, and nothing is lost.
+What computes holds one lock: a document until it is read, answers a piece at a time, so that
+nothing is lost. Which browsers there are is behind a lock of its own: Stop reaches a reading.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ class Engine:
         self.images = shipped(('d2l_images',))
         self.needles = shipped(('d2l_niah',))
         self.lock = threading.RLock()
+        self._registry = threading.Lock()  # taken last
         self._browsers: collections.OrderedDict[str, Browser] = collections.OrderedDict()
         self._sessions: dict[tuple[str, str], Session] = {}
         self.session = self.reader(documents)
@@ -164,10 +165,8 @@ class Engine:
         Raises:
           UserError: the page has no id yet.
         """
-        if not me or not isinstance(me, str) or len(me) > 64:
-            raise UserError('the page is still loading; try again')
-        with self.lock:
-            found = self._browsers.setdefault(me, Browser())
+        with self.lock, self._registry:
+            found = self._find(me)
             self._browsers.move_to_end(me)
             while len(self._browsers) > 1 and (
                 len(self._browsers) > _MAX_BROWSERS
@@ -175,6 +174,21 @@ class Engine:
             ):
                 self._browsers.popitem(last=False)
             return found
+
+    def _find(self, me: str) -> Browser:
+        if not me or not isinstance(me, str) or len(me) > 64:
+            raise UserError('the page is still loading; try again')
+        return self._browsers.setdefault(me, Browser())
+
+    def stops(self, me: str) -> int:
+        """How often a browser's reading was stopped, also while something is read."""
+        with self._registry:
+            return self._find(me).stops
+
+    def stop(self, me: str) -> None:
+        """Stops what a browser's document is read for, now or in its turn."""
+        with self._registry:
+            self._find(me).stops += 1
 
     # ---- documents
 
@@ -206,7 +220,7 @@ class Engine:
         """Adds a document, in place of one of the same name.
 
         Args:
-          stops: `Browser.stops` when this was asked for; None for now.
+          stops: `self.stops(me)` when this was asked for; None for now.
 
         Returns:
           Its tokens, chunks and bytes, in words.
@@ -260,7 +274,7 @@ class Engine:
         adapter = self.documents_adapter(me, checkpoint)
         for _ in self.ask((question, adapter), (question, None)):
             pass
-        with self.lock:
+        with self._registry:
             self._browsers.pop(me, None)
 
     def example(self, seed: int, tokens: int = _EXAMPLE_TOKENS) -> tuple[str, str, str]:

@@ -61,7 +61,7 @@ class Handlers:
         yield secrets.token_hex(4), f'{name}: {about}. Internalised in {seconds:.1f} s.'
 
     def stop(self, me):
-        self.engine.browser(me).stops += 1
+        self.engine.stop(me)
         yield ('Stopping.',)
 
     def example(self, me, checkpoint):
@@ -305,7 +305,7 @@ def build(engine: Engine, shelf: Shelf) -> gr.Blocks:
                 keep = gr.Button('Keep the documents')
             # Out of turn, so that Stop reaches what waits in the queue too.
             asked = read.click(
-                lambda me: engine.browser(me).stops if me else 0,
+                lambda me: engine.stops(me) if me else 0,
                 me,
                 stops,
                 queue=False,

@@ -87,8 +87,8 @@ def load_base(
         that memory holds one more than the quantized model.
 
     Raises:
-      UserError: the name, dtype or quantization is unknown, the model's package is not installed, or the
-        files are damaged, not those of a supported model or not fit for int4.
+      UserError: the name, dtype or quantization is unknown, the model's package is not installed,
+        or the files are damaged, not those of a supported model or not fit for int4.
     """
     if (Path(name) / 'config.json').is_file():
         tokenizer = Tokenizer.from_hf(name)

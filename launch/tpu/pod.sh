@@ -154,18 +154,16 @@ watch() {
     case $state in
       ABSENT)
         say 'requests the TPUs'
-        create
+        create || failed 'the TPUs could not be requested'
         ;;
       SUSPENDED)
         say 'preempted: requests the TPUs anew'
         crashed=''
-        delete
-        create
+        { delete && create; } || failed 'the TPUs could not be requested anew'
         ;;
       FAILED)
         failed 'the request failed'
-        delete
-        create
+        { delete && create; } || true # the next look shows what is left
         ;;
       ACTIVE)
         training=$(training_state | tail -n 1)
@@ -176,8 +174,8 @@ watch() {
           absent) { setup && run; } || failed 'training could not be started' ;;
           0)
             say 'training is done: gives the TPUs back'
-            delete
-            return
+            if delete; then return; fi
+            failed 'the TPUs could not be given back'
             ;;
           2)
             say 'training refused its flags or data'
