@@ -6,7 +6,6 @@ Writes benchmark.json. Speeds are given as fractions of this machine's f32 matri
 or as seconds x peak (GFLOP), so that runs on different machines can be compared.
 """
 
-import json
 import resource
 import sys
 import time
@@ -162,6 +161,7 @@ def main(_):
     from d2l import haystacks, niah
     from d2l.internalize import Internalizer
     from hyperlora import data, trained
+    from hyperlora.evaluation import record
     from t2l.specialize import Specializer
 
     model = trained.load(_CHECKPOINT.value)
@@ -256,9 +256,7 @@ def main(_):
         )
     unit = 1 if sys.platform == 'darwin' else 1024
     report('peak_memory_bytes', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    path = workdir / 'benchmark.json'
-    path.with_suffix('.partial').write_text(json.dumps(results, indent=2) + '\n')
-    path.with_suffix('.partial').rename(path)
+    record.write(workdir / 'benchmark.json', results)
 
 
 if __name__ == '__main__':

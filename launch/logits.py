@@ -78,9 +78,13 @@ def main(_):
 
     logits, inputs, hidden = map(np.asarray, run(params))
     partial = output.with_name(output.name + '.partial')
-    with partial.open('wb') as file:
-        np.savez(file, logits=logits, hidden_states=np.concatenate([inputs, hidden[None]]))
-    partial.replace(output)
+    try:
+        with partial.open('wb') as file:
+            np.savez(file, logits=logits, hidden_states=np.concatenate([inputs, hidden[None]]))
+        partial.replace(output)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f'{output}: cannot write ({error.strerror}): make room there') from error
     print(f'logits {logits.shape} of {base.name} in {output}')
 
 

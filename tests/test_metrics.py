@@ -14,7 +14,7 @@ from tensorboardX.proto import event_pb2
 
 from hyperlora import metrics
 from hyperlora.errors import UserError
-from hyperlora.evaluation import plots
+from hyperlora.evaluation import plots, record
 
 
 def _lines(workdir):
@@ -127,9 +127,9 @@ def test_plots_are_shown_in_tensorboard(tmp_path):
     plots.to_tensorboard(tmp_path)
     (events,) = tmp_path.glob('events.out.tfevents.*')
     shown = {}
-    for record in tfrecords(events.read_bytes()):
-        event = event_pb2.Event.FromString(record)
-        shown |= {value.tag: value.image for value in event.summary.value}
+    for event in tfrecords(events.read_bytes()):
+        found = event_pb2.Event.FromString(event)
+        shown |= {value.tag: value.image for value in found.summary.value}
     assert sorted(shown) == ['attention', 'map', 'methods', 'norms']
     for name, image in shown.items():
         with Image.open(tmp_path / f'{name}.png') as drawn:
@@ -144,3 +144,17 @@ def tfrecords(data):
         (length,) = struct.unpack('<Q', data[:8])
         yield data[12 : 12 + length]
         data = data[16 + length :]
+
+
+def test_metrics_of_an_evaluation_on_a_full_disk(tmp_path):
+    path = tmp_path / 'metrics.json'
+    record.write(path, {'f1': 0.5})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(UserError, match=f'{path}: cannot write .File too large.: make room'):
+            record.write(path, {'answers': ['x' * 200]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ['metrics.json']
+    assert record.resume(path, {}, {}) == {'f1': 0.5}

@@ -50,7 +50,17 @@ def resume(path: pathlib.Path, settings: dict[str, Any], fresh: dict[str, Any]) 
 
 
 def write(path: pathlib.Path, metrics: dict[str, Any]) -> None:
-    """Replaces the file at once."""
+    """Replaces the file at once.
+
+    Raises:
+      UserError: it cannot be written, for want of room or rights; what was there is kept.
+    """
     partial = path.with_suffix('.partial')
-    partial.write_text(json.dumps(metrics, indent=2) + '\n', encoding='utf-8')
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(metrics, indent=2) + '\n', encoding='utf-8')
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f'{path}: cannot write ({error.strerror}): make room there, then start again'
+        ) from error
