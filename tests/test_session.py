@@ -2,19 +2,21 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CharTokenizer
+from conftest import CharTokenizer, tiny_base
 from test_qa import model, same  # noqa: F401
 
 from d2l.internalize import Internalizer
 from hyperlora import generation, lora, trained
 from hyperlora.errors import UserError
 from hyperlora.generation import answer, stream
+from hyperlora.models import families
 from hyperlora.session import Adapter, Session
 
 TEXT = 'One thing. Another one, longer than that. Why? '
@@ -147,3 +149,17 @@ def test_answers_lose_the_space_before_them(tiny, monkeypatch):
 def test_an_empty_document(session):
     with pytest.raises(UserError, match='empty'):
         session.internalize('')
+
+
+def test_a_merged_model_names_the_dtype_that_it_was_written_in(tmp_path):
+    """transformers reads `dtype` first, which is that of the base model's files."""
+    tiny = tiny_base()
+    (tmp_path / 'base').mkdir()
+    config = families.to_hf(tiny.config) | {'dtype': 'bfloat16'}
+    (tmp_path / 'base/config.json').write_text(json.dumps(config))
+    tokenizer = types.SimpleNamespace(save=lambda folder: None, eos_id=3)
+    base = dataclasses.replace(tiny, name=str(tmp_path / 'base'), tokenizer=tokenizer)
+    session = types.SimpleNamespace(base=base)
+    Session.save_merged(session, random_lora(base, ['q_proj']), tmp_path, 'float16')
+    written = json.loads((tmp_path / 'config.json').read_text())
+    assert written['torch_dtype'] == 'float16' and 'dtype' not in written
