@@ -58,23 +58,13 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
         )
     others, found = found[-config.others :], found[: config.documents]
     path = workdir / 'metrics.json'
-    keys = (
-        'data',
-        'base_quantization',
-        'limit',
-        'questions',
-        'documents',
-        'others',
-        'max_new_tokens',
-    )
     metrics = record.resume(
         path,
-        {
-            'checkpoint': checkpoint,
-            'weights': record.digest(model.params),
-            **{key: config[key] for key in keys},
-        },
+        config,
         {'f1': {}, 'questions': {}},
+        free=('counts',),
+        checkpoint=checkpoint,
+        weights=record.digest(model.params),
     )
     internalizer = Internalizer(model)
 

@@ -86,23 +86,12 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     scores = {score.__name__: {} for score in SCORES}
     metrics = record.resume(
         path,
-        {
-            'checkpoint': checkpoint,
-            'weights': record.digest(model.params),
-            'base': base.name,
-            **{
-                key: config[key]
-                for key in (
-                    'base_quantization',
-                    'haystack',
-                    'seed',
-                    'examples',
-                    'baseline_examples',
-                    'max_new_tokens',
-                )
-            },
-        },
+        config,
         {**scores, 'counts': {}, 'depth': {}, 'seconds': {}},
+        free=('lengths',),
+        checkpoint=checkpoint,
+        weights=record.digest(model.params),
+        base=base.name,
     )
     todo = [n for n in sorted(set(config.lengths)) if str(n) not in metrics['exact_match']]
     answerer = Answerer(Internalizer(model))
@@ -210,7 +199,7 @@ def _draw(workdir: pathlib.Path, metrics: dict[str, Any], base: BaseModel) -> No
             for depth in bins
         ]
     )
-    title = f'Needle in a haystack ({pathlib.Path(metrics["haystack"]).name})'
+    title = f'Needle in a haystack ({pathlib.Path(metrics["settings"]["haystack"]).name})'
     plots.heat_map(
         workdir / 'niah_depth.png',
         values,

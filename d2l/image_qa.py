@@ -153,15 +153,14 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     path = workdir / 'metrics.json'
     metrics = record.resume(
         path,
-        {
-            'checkpoint': checkpoint,
-            'weights': record.digest(model.params),
-            'captioner': captioner and record.digest(captioner.params),
-            'groups': groups,
-            'pictures': len(pictures),
-            **{key: config[key] for key in ('style', 'limit', 'seed')},
-        },
+        config,
         {'accuracy': {}, 'seconds': {}, 'chosen': {}},
+        free=('batch',),
+        checkpoint=checkpoint,
+        weights=record.digest(model.params),
+        captioner=captioner and record.digest(captioner.params),
+        groups=groups,
+        pictures=len(pictures),
     )
     methods = _methods(internalizer, chooser, pictures, options, np.random.default_rng(1))
     for name, method in methods.items():

@@ -289,32 +289,12 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     path = workdir / 'metrics.json'
     metrics = record.resume(
         path,
-        {
-            'checkpoint': checkpoint,
-            'weights': record.digest(model.params),
-            'reader': reader and record.digest(reader.params),
-            'methods': names,
-            **{
-                key: config[key]
-                for key in (
-                    'data',
-                    'base_quantization',
-                    'limit',
-                    'questions',
-                    'max_new_tokens',
-                    'truncated_tokens',
-                    'retrieved_tokens',
-                    'generated_questions',
-                    'steps',
-                    'rank',
-                    'scaling',
-                    'learning_rate',
-                    'query_tokens',
-                    'answer_tokens',
-                )
-            },
-        },
+        config,
         {'documents': {}},
+        checkpoint=checkpoint,
+        weights=record.digest(model.params),
+        reader=reader and record.digest(reader.params),
+        methods=names,
     )
     methods = Methods(model, found, config, reader)
     todo = [document for document in found if document.name not in metrics['documents']]
@@ -439,7 +419,7 @@ def _draw(workdir: pathlib.Path, metrics: dict) -> None:
         lines,
         'document length (tokens, up to)',
         'F1',
-        f'Questions about {pathlib.Path(metrics["data"]).name}',
+        f'Questions about {pathlib.Path(metrics["settings"]["data"]).name}',
     )
     seconds: dict[str, dict[float, float]] = {}
     for label, cost in metrics['costs'].items():

@@ -220,17 +220,14 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     if not tasks:
         raise UserError('no tasks to evaluate on')
     path = workdir / 'metrics.json'
-    keys = ('tasks', 'generated', 'only', 'descriptions', 'limit', 'seeds', 'base_quantization')
     metrics = record.resume(
         path,
-        {
-            'checkpoint': checkpoint,
-            'weights': record.digest(specializer.trained.params),
-            'methods': names,
-            'tables': {k: t and record.digest(t.params) for k, t in tables.items()},
-            **{key: config[key] for key in keys},
-        },
+        config,
         {'exact_match': {}, 'seen': [], 'counts': {}, 'seconds': {}},
+        checkpoint=checkpoint,
+        weights=record.digest(specializer.trained.params),
+        methods=names,
+        **{name: table and record.digest(table.params) for name, table in tables.items()},
     )
     methods = Methods(specializer, tasks, **tables)
     todo = [task for task in tasks if task.name not in metrics['exact_match']]
@@ -311,7 +308,7 @@ def _averages(metrics: dict) -> dict[str, dict[str, float]]:
     return {
         group: {
             method: float(np.mean([task[method] for task in tasks]))
-            for method in metrics['methods']
+            for method in metrics['settings']['methods']
             if all(method in task for task in tasks)
         }
         for group, tasks in groups.items()

@@ -612,7 +612,8 @@ def test_evaluate_equals_a_direct_computation(command, checkpoint, base, tmp_pat
     assert code == 0, err
     assert [line.split(':')[0] for line in out.splitlines()] == ['64 tokens', '128 tokens']
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
-    assert metrics['base'] == 'smollm2' and metrics['seed'] == 7 and metrics['examples'] == 2
+    settings = metrics['settings']
+    assert (settings['base'], settings['seed'], settings['examples']) == ('smollm2', 7, 2)
     internalizer = Internalizer(trained.load(str(checkpoint), base))
     question = base.tokenizer.prompt(QUESTION)
     for length in (64, 128):

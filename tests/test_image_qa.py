@@ -127,9 +127,13 @@ def test_evaluation(model, captioner, package, tmp_path, monkeypatch):  # noqa: 
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
     methods = {'d2l', 'd2l_other', 'd2l_caption', 'd2l_shuffled', 'captioner', 'no_image'}
     assert metrics['accuracy'].keys() == methods
+    groups = metrics['settings']['groups']
     for name, chosen in metrics['chosen'].items():
         assert len(chosen) == 2 and metrics['accuracy'][name] == np.mean(
-            [metrics['groups'][c] == g for c, g in zip(chosen, ('dots', 'red'), strict=True)]
+            [
+                metrics['settings']['groups'][c] == g
+                for c, g in zip(chosen, ('dots', 'red'), strict=True)
+            ]
         )
     assert {p.name for p in tmp_path.glob('*.png')} == {'image_confusion.png', 'image_sheet.png'}
     config.groups = ('birds',)

@@ -18,6 +18,7 @@ from d2l.internalize import Internalizer
 from d2l.memory import Memory
 from hyperlora import hypernetwork, lora, trained
 from hyperlora.errors import UserError
+from hyperlora.evaluation import record
 from hyperlora.generation import answer
 from hyperlora.models.decoder import Decoder
 from hyperlora.trained import Trained
@@ -344,6 +345,13 @@ def test_documents_together(monkeypatch, model, data, tmp_path):
     }
     for values in metrics['f1'].values():
         assert values.keys() == {'own', 'other', 'base', 'same'}
+    del metrics['f1']['2'], metrics['questions']['2']  # as if interrupted
+    record.write(tmp_path / 'metrics.json', metrics)
+    read = []
+    monkeypatch.setattr(composition, 'Memory', lambda i: read.append(i) or Memory(i))
+    composition.evaluate(config, 'x', tmp_path)
+    again = json.loads((tmp_path / 'metrics.json').read_text())
+    assert len(read) == 1 and again['f1'].keys() == {'1', '2'}
     for wanted, message in (
         (3, 'cannot be divided into groups of 1, 2: change'),
         (4, 'has 3 documents with questions; 5 are needed'),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from hyperlora.errors import UserError
 
@@ -21,22 +23,34 @@ def digest(params: Any) -> str:
     return found.hexdigest()[:16]
 
 
-def resume(path: pathlib.Path, settings: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
-    """The metrics so far; `settings` and `fresh` if there are none.
+def resume(
+    path: pathlib.Path,
+    config: ConfigDict,
+    fresh: dict[str, Any],
+    free: Sequence[str] = (),
+    **settings: Any,
+) -> dict[str, Any]:
+    """The metrics so far; `fresh` if there are none, beside `settings`.
+
+    Args:
+      config: all of it is in `settings`, which must not change.
+      free: but these keys, which may.
+      settings: more of them, or in place of the config's.
 
     Raises:
       UserError: the file is damaged, or of an evaluation with other settings.
     """
+    settings = {k: v for k, v in {**config.to_dict(), **settings}.items() if k not in free}
     settings = json.loads(json.dumps(settings))  # as the file gives them back
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
         changes = [
-            f'{key}: {found[key]} -> {value}'
+            f'{key}: {found["settings"][key]} -> {value}'
             for key, value in settings.items()
-            if found[key] != value
+            if found['settings'][key] != value
         ]
     except FileNotFoundError:
-        return {**settings, **fresh}
+        return {'settings': settings, **fresh}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(
             f'{path} is not that of this evaluation ({e!r}); use another workdir'
