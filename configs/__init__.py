@@ -3,13 +3,13 @@
 from hyperlora.errors import UserError
 
 
-def fields(argument: str, count: int) -> list[str]:
-    """The fields of `FILE.py:FIELD,FIELD,...`, filled up with empty ones.
+def fields(argument: str) -> list[str]:
+    """Variant, data and start of `FILE.py:VARIANT,DATA,START`; those left out are empty.
 
     Raises:
-      UserError: there are more than `count`.
+      UserError: there are more.
     """
     found = argument.split(',')
-    if len(found) > count:
-        raise UserError(f'at most {count} fields may follow the config, not {argument!r}')
-    return found + [''] * (count - len(found))
+    if len(found) > 3:
+        raise UserError(f'at most 3 fields may follow the config, not {argument!r}')
+    return found + [''] * (3 - len(found))

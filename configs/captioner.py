@@ -30,7 +30,7 @@ def get_config(argument: str = '') -> ConfigDict:
     Raises:
       UserError: no such variant, no folder, nothing in it, or a later stage without the first.
     """
-    variant, folder, start = fields(argument, 3)
+    variant, folder, start = fields(argument)
     if variant not in _STAGES:
         raise UserError(f'unknown variant {variant!r} of captioner; known: {", ".join(_STAGES)}')
     if variant == 'smollm2' and not start:

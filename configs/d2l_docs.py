@@ -25,7 +25,7 @@ def get_config(argument: str = '') -> ConfigDict:
     Raises:
       UserError: no such variant, no records, or a second stage without the first.
     """
-    variant, records, start = fields(argument, 3)
+    variant, records, start = fields(argument)
     name = variant.removesuffix('_chunks')
     published = functools.partial(_published, name)
     variants = {

@@ -36,7 +36,7 @@ def get_config(argument: str = '') -> ConfigDict:
     Raises:
       UserError: no such variant, no records, or a later stage without the one before.
     """
-    variant, records, start = fields(argument, 3)
+    variant, records, start = fields(argument)
     if variant not in (*_STAGES, 'gemma'):
         raise UserError(
             f'unknown variant {variant!r} of d2l_images; known: {", ".join([*_STAGES, "gemma"])}'

@@ -71,7 +71,7 @@ def get_config(argument: str = 'smollm2') -> ConfigDict:
     Raises:
       UserError: no such variant.
     """
-    variant, folder, start = fields(argument, 3)
+    variant, folder, start = fields(argument)
     large = 'v5e:4x4', {'fsdp': 8, 'tensor': 2}
     variants = {
         'smollm2': _smollm2,
@@ -180,7 +180,6 @@ def _smollm2(folder: str) -> ConfigDict:
     config = _published('smollm2', 'v5e:2x2', {'fsdp': -1}, folder)
     config.base_dtype, config.base_quantization = 'float32', 'bfloat16'
     config.remat = 'none'
-    config.log_every = 10
     config.checkpoint_every = 50
     config.hypernetwork.embedder = 'minilm'
     config.hypernetwork.modules = ('down_proj', 'o_proj', 'q_proj', 'v_proj')

@@ -25,17 +25,6 @@ _TOKENS_PER_PASS = 4096  # bounds the memory of the context encoder
 _MAX_RANK = 2048  # past this rank a growing LoRA is folded into its delta, which is smaller
 
 
-def _generate(trained: Trained):
-    """Jitted generation for a chunk batch; one per Internalizer, so that shapes compile once."""
-
-    def run(params, encoder_params, context, iterative):
-        return trained.hypernetwork.generate(
-            params, encoder_params, context, iterative=iterative, min_gate=trained.config.min_gate
-        )
-
-    return jax.jit(run, static_argnames='iterative')
-
-
 class Internalizer:
     """Turns chunks into LoRAs, each distinct chunk once.
 
@@ -51,11 +40,11 @@ class Internalizer:
         """
         trained.require_contexts('tokens', 'mask')
         self.trained = trained
+        generate = functools.partial(
+            trained.hypernetwork.generate, iterative=iterative, min_gate=trained.config.min_gate
+        )
         self._run = functools.partial(
-            _generate(trained),
-            trained.params,
-            trained.hypernetwork.encoder.params,
-            iterative=iterative,
+            jax.jit(generate), trained.params, trained.hypernetwork.encoder.params
         )
         self.shared: Lora | None = None
 

@@ -215,7 +215,7 @@ def main(_):
             'lora_bytes': lora.nbytes,
             # If every chunk said something, the LoRA would be folded into its delta.
             'most_lora_bytes': c.num_layers * c.width * (c.mlp_width + c.width) * 4,
-            'kv_cache_bytes': 2 * c.num_layers * c.num_kv_heads * c.head_dim * len(document) * 4,
+            'kv_cache_bytes': base.cache_nbytes(len(document)),
         },
     )
 

@@ -130,10 +130,7 @@ def test_evaluation(model, captioner, package, tmp_path, monkeypatch):  # noqa: 
     groups = metrics['settings']['groups']
     for name, chosen in metrics['chosen'].items():
         assert len(chosen) == 2 and metrics['accuracy'][name] == np.mean(
-            [
-                metrics['settings']['groups'][c] == g
-                for c, g in zip(chosen, ('dots', 'red'), strict=True)
-            ]
+            [groups[c] == g for c, g in zip(chosen, ('dots', 'red'), strict=True)]
         )
     assert {p.name for p in tmp_path.glob('*.png')} == {'image_confusion.png', 'image_sheet.png'}
     config.groups = ('birds',)

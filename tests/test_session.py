@@ -151,15 +151,34 @@ def test_an_empty_document(session):
         session.internalize('')
 
 
-def test_a_merged_model_names_the_dtype_that_it_was_written_in(tmp_path):
-    """transformers reads `dtype` first, which is that of the base model's files."""
+@pytest.fixture
+def merge(tmp_path):
+    """Writes a tiny model, the config.json of whose base names a dtype, to tmp_path/merged."""
     tiny = tiny_base()
-    (tmp_path / 'base').mkdir()
+    for name in ('base', 'merged'):
+        (tmp_path / name).mkdir()
     config = families.to_hf(tiny.config) | {'dtype': 'bfloat16'}
     (tmp_path / 'base/config.json').write_text(json.dumps(config))
     tokenizer = types.SimpleNamespace(save=lambda folder: None, eos_id=3)
     base = dataclasses.replace(tiny, name=str(tmp_path / 'base'), tokenizer=tokenizer)
-    session = types.SimpleNamespace(base=base)
-    Session.save_merged(session, random_lora(base, ['q_proj']), tmp_path, 'float16')
-    written = json.loads((tmp_path / 'config.json').read_text())
+    adapter = random_lora(base, ['q_proj'])
+    return lambda: Session.save_merged(
+        types.SimpleNamespace(base=base), adapter, tmp_path / 'merged', 'float16'
+    )
+
+
+def test_a_merged_model_names_the_dtype_that_it_was_written_in(merge, tmp_path):
+    """transformers reads `dtype` first, which is that of the base model's files."""
+    merge()
+    written = json.loads((tmp_path / 'merged/config.json').read_text())
     assert written['torch_dtype'] == 'float16' and 'dtype' not in written
+
+
+def test_a_full_disk_leaves_nothing_behind(merge, tmp_path, monkeypatch):
+    def fail(path, content):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(Path, 'write_bytes', fail)
+    with pytest.raises(UserError, match='cannot write a model to .*merged .*No space left'):
+        merge()
+    assert not list((tmp_path / 'merged').iterdir())

@@ -10,7 +10,6 @@ import hashlib
 import json
 import pathlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -296,10 +295,7 @@ def save_hf(
     hf_config: Mapping[str, Any],
     shard_bytes: int = 2 * 10**9,
 ) -> None:
-    """Writes a Hugging Face model folder: safetensors, their index and config.json.
-
-    Nothing is left behind if writing fails. config.json comes last: a folder without it is not
-    complete.
+    """Writes a Hugging Face model folder: safetensors, their index and, last, config.json.
 
     Args:
       directory: an existing folder.
@@ -307,19 +303,9 @@ def save_hf(
       shard_bytes: files are begun anew past this size.
 
     Raises:
-      UserError: the folder cannot be written to, or the disk is full.
+      OSError: the folder cannot be written to, or the disk is full; what was written is left.
     """
     directory = Path(directory)
-    try:
-        with tempfile.TemporaryDirectory(dir=directory, prefix='.partial-') as partial:
-            for path in _write_hf(Path(partial), params, config, hf_config, shard_bytes):
-                path.replace(directory / path.name)
-    except OSError as e:
-        raise UserError(f'cannot write a model to {directory} ({e})') from e
-
-
-def _write_hf(directory, params, config, hf_config, shard_bytes) -> list[Path]:
-    """The files of `save_hf`, in the order in which they are to appear."""
     shards: list[list[str]] = []  # names of the tensors in each
     total = 0
 
@@ -344,7 +330,8 @@ def _write_hf(directory, params, config, hf_config, shard_bytes) -> list[Path]:
     names = ['model.safetensors']
     if count > 1:
         names = [f'model-{i + 1:05}-of-{count:05}.safetensors' for i in range(count)]
-    files = [part(i).replace(directory / name) for i, name in enumerate(names)]
+    for i, name in enumerate(names):
+        part(i).replace(directory / name)
     texts = {'config.json': dict(hf_config)}
     if count > 1:
         weight_map = {key: names[i] for i, keys in enumerate(shards) for key in keys}
@@ -352,8 +339,6 @@ def _write_hf(directory, params, config, hf_config, shard_bytes) -> list[Path]:
         texts = {'model.safetensors.index.json': index, **texts}
     for name, content in texts.items():
         (directory / name).write_text(json.dumps(content, indent=2) + '\n')
-        files.append(directory / name)
-    return files
 
 
 def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
