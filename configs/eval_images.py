@@ -38,9 +38,9 @@ def get_config(argument: str = 'digits') -> ConfigDict:
     if kind == 'emoji' and folder:
         style, groups, limit = 'facebook', GROUPS, 25
         sources = ({'reader': 'emoji', 'path': str(pathlib.Path(folder) / style)},)
-    elif kind == 'digits':
+    elif argument == 'digits':
         sources, limit = ({'reader': 'digits', 'held_out': True},), 30
-    elif kind == 'imagenette':
+    elif argument == 'imagenette':
         sources = ({'reader': 'imagenette', 'split': 'validation'},)
     else:
         raise UserError(f'give emoji,EMOJI or digits or imagenette, not {argument!r}')

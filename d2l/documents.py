@@ -177,17 +177,9 @@ def read_tfds(name: str, split: str = 'train', data_dir: str | None = None) -> I
 def read_facts(
     count: int, seed: int = 0, facts: int | Sequence[int] = (1, 8), split: str = 'train'
 ) -> Iterator[Document]:
-    """See `d2l.facts.read_facts`.
+    """See `d2l.facts.read_facts`."""
+    from d2l.facts import read_facts  # of the extra `documents`
 
-    Raises:
-      UserError: faker is missing.
-    """
-    try:
-        from d2l.facts import read_facts
-    except ImportError as error:
-        raise UserError(
-            f'made-up facts need {error.name}: pip install "hyperlora[documents]"'
-        ) from error
     return read_facts(count, seed, facts, split)
 
 
@@ -307,8 +299,7 @@ def read(sources: Iterable[dict[str, Any]]) -> list[Document]:
     """
     found: dict[str, Document] = {}
     for source in sources:
-        documents = readers.bind(READERS, source, 'documents')()
-        for document in documents:
+        for document in readers.read(READERS, source, 'documents'):
             if document.name in found:
                 raise UserError(f'two documents are named {document.name!r}')
             if not document.text.strip():

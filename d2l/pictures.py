@@ -166,12 +166,6 @@ def read(sources: list[dict[str, Any]]) -> list[Picture]:
     """The pictures of sources {reader, and its arguments}, in order.
 
     Raises:
-      UserError: unknown reader or argument, or what the reader finds wrong.
+      UserError: see `readers.read`.
     """
-    found: list[Picture] = []
-    for source in sources:
-        try:
-            found += readers.bind(READERS, source, 'pictures')()
-        except ImportError as error:
-            raise UserError(f"needs {error.name}: pip install 'hyperlora[pictures]'") from error
-    return found
+    return [picture for source in sources for picture in readers.read(READERS, source, 'pictures')]

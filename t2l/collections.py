@@ -142,18 +142,8 @@ def source(text: str) -> dict[str, Any]:
 
 
 def read(source: Mapping[str, Any]) -> list[Task]:
-    """The tasks of a source {reader, and its arguments}.
-
-    Raises:
-      UserError: unknown reader or argument, a library that is missing, or what the reader raises.
-    """
-    reader = readers.bind(READERS, source, 'tasks')
-    try:
-        return reader()
-    except ImportError as error:
-        raise UserError(
-            f'{source["reader"]} tasks need {error.name}: pip install "hyperlora[tasks]"'
-        ) from error
+    """The tasks of a source {reader, and its arguments}; see `readers.read`."""
+    return readers.read(READERS, source, 'tasks')
 
 
 def collect(config: ConfigDict) -> Collection:

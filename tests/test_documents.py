@@ -330,7 +330,7 @@ def test_config_of_facts():
     }
     assert (config.settings.answers, config.settings.entries) == ('given', 0)
     assert documents_config.get_config('squad,FILE').settings.answers == 'generated'
-    with pytest.raises(UserError, match='how many'):
+    with pytest.raises(UserError, match='name the documents as facts,COUNT'):
         documents_config.get_config('facts,many')
 
 

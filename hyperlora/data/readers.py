@@ -1,26 +1,26 @@
-"""What a config names as a source of data, bound to the function that reads it."""
+"""What a config names as a source of data, read by the function that it names."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hyperlora.errors import UserError
 
 
-def bind(
-    readers: Mapping[str, Callable[..., Any]], source: Mapping[str, Any], kind: str
-) -> Callable[[], Any]:
-    """The reader of a source {reader, and its arguments}, ready to be called.
+def read(
+    readers: Mapping[str, Callable[..., Iterable[Any]]], source: Mapping[str, Any], kind: str
+) -> list[Any]:
+    """What the reader of a source {reader, and its arguments} finds.
 
     Args:
       readers: those that there are, by name.
-      kind: what they read, in the plural.
+      kind: what they read, in the plural; so the extra is called that holds their libraries.
 
     Raises:
-      UserError: unknown reader or argument.
+      UserError: unknown reader or argument, a library that is missing, or what the reader finds
+        wrong.
     """
     arguments = dict(source)
     name = arguments.pop('reader', None)
@@ -30,7 +30,12 @@ def bind(
         inspect.signature(readers[name]).bind(**arguments)
     except TypeError as error:
         raise UserError(f'arguments of the reader {name!r} of {kind}: {error}') from error
-    return functools.partial(readers[name], **arguments)
+    try:
+        return list(readers[name](**arguments))
+    except ImportError as error:
+        raise UserError(
+            f'{name} {kind} need {error.name}: pip install "hyperlora[{kind}]"'
+        ) from error
 
 
 def tfds_source(name: str, split: str, data_dir: str | None) -> Sequence[Any]:
