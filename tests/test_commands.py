@@ -363,6 +363,15 @@ def test_export_of_a_training(command, untrained, base, tmp_path, monkeypatch):
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, 10 * y, rtol=1e-2), model.params, params
         )
+    export = {'workdir': tmp_path / 'run', 'output': tmp_path / 'mean'}
+    code, out, err = command('export', average_with=tmp_path / 'half', **export)
+    assert_mistake((code, out, err), 'half')
+    half = jax.tree.map(lambda x: 5 * np.asarray(x), params)
+    checkpointing.export(tmp_path / 'half', half, meta, 'float32')
+    code, out, err = command('export', average_with=tmp_path / 'half', **export)
+    assert (code, err) == (0, '') and f'step 10 of {tmp_path}/run, averaged with' in out
+    mean = trained.load(str(tmp_path / 'mean'), base).params
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, 7.5 * y, rtol=1e-2), mean, params)
     # What launch.convert writes is of no step.
     path = tmp_path / 'shipped/config.json'
     bare = {key: value for key, value in json.loads(path.read_text()).items() if key != 'step'}
