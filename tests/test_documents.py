@@ -271,7 +271,7 @@ def test_splits_of_facts(facts, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(facts._Writer, 'tell', note)
-            list(facts.read_facts(3000, split=split))
+            list(facts.read_facts(5000, split=split))
     attributes = [a for kind in facts.KINDS.values() for a in kind.attributes]
     held_out = [a for kind in facts.KINDS.values() for a in kind.held_out]
 
