@@ -170,7 +170,7 @@ def test_merged_model_equals_adapted(command, checkpoint, document, base, tmp_pa
         raise OSError(28, 'No space left on device')
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, '_write_hf', full_disk)
+        patch.setattr(weights, 'save_hf', full_disk)
         code, out, err = command('merge', adapter=adapter, output=merged)
     assert code == 2 and 'No space left' in err and not list(merged.iterdir())
     code, out, err = command('merge', adapter=adapter, output=merged)
