@@ -14,7 +14,7 @@ from test_pictures import package  # noqa: F401
 
 from configs import captioner as configs
 from d2l import captioner, captions, pictures
-from hyperlora import meta_learning, objectives
+from hyperlora import aot, meta_learning, objectives, sharding
 from hyperlora.errors import UserError
 from hyperlora.models.decoder import Decoder, prefix
 
@@ -137,6 +137,13 @@ def test_the_loop_teaches_it(config):
         others = [np.flatnonzero(names != name)[0] for name in names]
         other = {'pixels': held['context']['pixels'][others]}
         assert loss({**held, 'context': other}) > loss(held) + 0.5
+
+
+def test_no_answers_are_compiled_for_it(config):
+    base = tiny_base()
+    plan = meta_learning.make_plan(config, base, sharding.make_mesh({}, jax.devices()[:1]))
+    with pytest.raises(UserError, match='captioner makes no LoRA to answer with'):
+        aot._generate(config, base, plan, None)
 
 
 def test_alignment_leads_to_the_words_in_their_order():

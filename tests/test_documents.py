@@ -229,6 +229,12 @@ def test_tables_of_facts(facts):
                 for text in phrasings.questions:
                     assert [len(re.findall(rf'\b{x}\b', text)) for x in 'XV'] == [1, 0], text
                 questions += phrasings.questions
+            for part in ('statements', 'questions'):  # no other order of the words of a kept one
+                train, kept = (
+                    {frozenset(re.findall(r"[\w']+", text)) for text in getattr(phrasings, part)}
+                    for phrasings in (attribute.train, attribute.test)
+                )
+                assert not train & kept, where
         assert len(set(questions)) == len(questions)  # none asks for two attributes
 
 

@@ -73,7 +73,7 @@ def test_refused(tmp_path, name, data, message):
 
 
 def test_pdfs_that_are_encrypted_otherwise(tmp_path, monkeypatch):
-    """By AES, for which pypdf may lack a package; or by what it does not know."""
+    """By AES, for which pypdf may lack a package; or by a handler that pypdf refuses so."""
     (tmp_path / 'a.pdf').write_bytes(pdf('secret'))
     for error, message in (
         (pypdf.errors.DependencyError('cryptography is required'), 'decrypt it first .crypto'),
