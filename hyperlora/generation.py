@@ -42,18 +42,9 @@ def greedy(
     Returns:
       `[b, max_new_tokens]` int32, `eos_id` from the end of each answer on.
     """
-    batch, prompt_length = prompts.shape
-    apply = functools.partial(
-        decoder.apply, {'params': params}, lora=lora, rank_weights=rank_weights
-    )
-
-    def choose(hidden):
-        logits = decoder.apply({'params': params}, hidden, method='unembed')
-        return logits.argmax(-1).astype(jnp.int32)
-
-    out = apply(prompts, cache_length=prompt_length + max_new_tokens)
-    token = choose(jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, 1)[:, 0])
-    answers = jnp.full((batch, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
+    room = prompts.shape[1] + max_new_tokens
+    token, cache = _begin(decoder, params, prompts, lengths, room, lora, rank_weights)
+    answers = jnp.full((len(prompts), max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
 
     def running(carry):
         i, token, *_ = carry
@@ -61,11 +52,41 @@ def greedy(
 
     def advance(carry):
         i, token, answers, cache = carry
-        out = apply(token[:, None], positions=(lengths + i - 1)[:, None], cache=cache)
-        token = jnp.where(token == eos_id, eos_id, choose(out.hidden[:, 0]))
-        return i + 1, token, answers.at[:, i].set(token), out.cache
+        ended = token == eos_id
+        token, cache = _advance(decoder, params, token, lengths + i - 1, cache, lora, rank_weights)
+        token = jnp.where(ended, eos_id, token)
+        return i + 1, token, answers.at[:, i].set(token), cache
 
-    return jax.lax.while_loop(running, advance, (1, token, answers, out.cache))[2]
+    return jax.lax.while_loop(running, advance, (1, token, answers, cache))[2]
+
+
+@functools.partial(jax.jit, static_argnames=('decoder', 'room'))
+def _begin(decoder, params, prompts, lengths, room, lora=None, rank_weights=None):
+    """First token of each answer `[b]`, and the KV cache for `room` tokens."""
+    out = decoder.apply(
+        {'params': params}, prompts, lora=lora, rank_weights=rank_weights, cache_length=room
+    )
+    last = jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, 1)[:, 0]
+    return _likeliest(decoder, params, last), out.cache
+
+
+@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='cache')
+def _advance(decoder, params, tokens, places, cache, lora=None, rank_weights=None):
+    """The tokens after `tokens [b]`, which stand at `places [b]`, and the cache with those."""
+    out = decoder.apply(
+        {'params': params},
+        tokens[:, None],
+        positions=places[:, None],
+        cache=cache,
+        lora=lora,
+        rank_weights=rank_weights,
+    )
+    return _likeliest(decoder, params, out.hidden[:, 0]), out.cache
+
+
+def _likeliest(decoder, params, hidden):
+    logits = decoder.apply({'params': params}, hidden, method='unembed')
+    return logits.argmax(-1).astype(jnp.int32)
 
 
 def bucket(length: int, step: int = 32) -> int:
@@ -151,7 +172,7 @@ def stream(
     decoder, eos_id = Decoder(base.config), base.tokenizer.eos_id
     # Of a few sizes, so that shapes are few.
     room = length + bucket(max_new_tokens)
-    token, cache = _begin(decoder, base.params, tokens, np.int32(len(prompt)), room, lora)
+    token, cache = _begin(decoder, base.params, tokens, np.int32([len(prompt)]), room, lora)
     found: list[int] = []
     told = ''
     for count in range(max_new_tokens):
@@ -163,30 +184,10 @@ def stream(
             yield text[len(told) :]
             told = text
         if count + 1 < max_new_tokens:
-            place = np.int32(len(prompt) + count)
-            token, cache = _advance(decoder, base.params, token, place, cache, lora)
+            places = np.int32([len(prompt) + count])
+            token, cache = _advance(decoder, base.params, token, places, cache, lora)
     if text := base.tokenizer.decode(found).lstrip()[len(told) :]:
         yield text
-
-
-@functools.partial(jax.jit, static_argnames=('decoder', 'room'))
-def _begin(decoder, params, tokens, length, room, lora):
-    """(first token `[1]`, KV cache for `room` tokens) of a prompt `[1, s]`."""
-    out = decoder.apply({'params': params}, tokens, lora=lora, cache_length=room)
-    hidden = jax.lax.dynamic_index_in_dim(out.hidden, length - 1, 1, keepdims=False)
-    logits = decoder.apply({'params': params}, hidden, method='unembed')
-    return logits.argmax(-1).astype(jnp.int32), out.cache
-
-
-@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='cache')
-def _advance(decoder, params, token, place, cache, lora):
-    """The token after `token [1]`, which stands at `place`, and the cache with it."""
-    positions = jnp.full((1, 1), place)
-    out = decoder.apply(
-        {'params': params}, token[:, None], positions=positions, cache=cache, lora=lora
-    )
-    logits = decoder.apply({'params': params}, out.hidden[:, 0], method='unembed')
-    return logits.argmax(-1).astype(jnp.int32), out.cache
 
 
 def answer_in_batches(
