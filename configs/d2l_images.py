@@ -64,7 +64,7 @@ def _stage(variant: str, records: str) -> ConfigDict:
         {
             'name': 'documents',
             'records': records,
-            'steps': steps,
+            'steps': config.optimizer.get_ref('steps'),
             'teacher': 'stored',
             'group_tokens': contexts * context_tokens,
             'context_tokens': (context_tokens,),

@@ -36,7 +36,7 @@ def get_config(records: str = '') -> ConfigDict:
         {
             'name': 'readings',
             'records': records,
-            'steps': 200,
+            'steps': config.optimizer.get_ref('steps'),
             'row_tokens': 384,
             'row_labels': 48,
         }
@@ -47,7 +47,7 @@ def get_config(records: str = '') -> ConfigDict:
             'learning_rate': 5e-4,
             'end_learning_rate': 5e-6,
             'warmup_steps': 10,
-            'steps': config.data.steps,
+            'steps': 200,
         }
     )
     config.checkpoint_every = 25

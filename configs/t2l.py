@@ -114,7 +114,7 @@ def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> C
       folder: of tasks.
     """
     steps = 160_000
-    return ConfigDict(
+    config = ConfigDict(
         {
             'name': 't2l',
             'base': base,
@@ -162,7 +162,6 @@ def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> C
             },
             'data': {
                 'name': 'tasks',
-                'steps': steps,
                 'description_noise': 0.0,  # see t2l.data.draw_embedding
                 'gibberish': 0.0,  # share of groups that describe no task; see t2l.data
                 'before': '',  # answers
@@ -174,6 +173,8 @@ def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> C
             },
         }
     )
+    config.data.steps = config.optimizer.get_ref('steps')
+    return config
 
 
 def _smollm2(folder: str) -> ConfigDict:
@@ -191,10 +192,10 @@ def _smollm2(folder: str) -> ConfigDict:
     config.groups = 16
     config.data.update({'description_noise': 0.3, 'gibberish': 0.05, 'before': ' '})
     config.data.update({'row_tokens': 40, 'row_labels': 20})
-    _steps(config, 800)
     config.optimizer.update(
         {'learning_rate': 1e-4, 'end_learning_rate': 1e-6, 'warmup_steps': 20, 'b2': 0.98}
     )
+    config.optimizer.steps = 800
     return config
 
 
@@ -205,8 +206,7 @@ def _tiny(folder: str) -> ConfigDict:
     config.hypernetwork.shape.update({'latent_size': 16, 'head_width': 16})
     config.groups = 2
     config.data.gibberish = 0.0  # it takes a minute to make
-    _steps(config, 6)
-    config.optimizer.warmup_steps = 1
+    config.optimizer.update({'steps': 6, 'warmup_steps': 1})
     config.log_every = 1
     config.checkpoint_every = 2
     return config
@@ -252,7 +252,7 @@ def _codes(folder: str) -> ConfigDict:
 def _entries(config: ConfigDict) -> ConfigDict:
     """As many entries as tasks, and the steps for them."""
     config.hypernetwork.shape.entries = entries = len(collect(config.data).train)
-    _steps(config, -(-entries * _VISITS // config.groups))
+    config.optimizer.steps = -(-entries * _VISITS // config.groups)
     return config
 
 
@@ -270,7 +270,7 @@ def _from_codes(loras: str) -> ConfigDict:
     """The same, which makes the LoRAs of `codes`, whose heads it takes over."""
     config = _towards(loras, _after_codes(''))
     config.groups = 16
-    _steps(config, 3000)
+    config.optimizer.steps = 3000
     return config
 
 
@@ -280,7 +280,7 @@ def _reconstruction(loras: str) -> ConfigDict:
     config.hypernetwork.shape.update({'head_init': 'random', 'z_score': True})
     config = _towards(loras, config)
     config.groups = 8
-    _steps(config, 2000)
+    config.optimizer.steps = 2000
     return config
 
 
@@ -298,13 +298,9 @@ def _towards(loras: str, config: ConfigDict) -> ConfigDict:
             'loras': config.hypernetwork.get_ref('loras'),
             'z_score': config.hypernetwork.shape.get_ref('z_score'),
             'description_noise': config.data.description_noise,
-            'steps': 0,
+            'steps': config.optimizer.get_ref('steps'),
             'tasks': (),
         }
     )
     config.optimizer.learning_rate = 1e-3
     return config
-
-
-def _steps(config: ConfigDict, steps: int) -> None:
-    config.optimizer.steps = config.data.steps = steps

@@ -178,7 +178,8 @@ class AssociativeMemory(nn.Module):
         distance = self.param('distance', init, (heads, 2 * _FARTHEST + 1))
         logits = jnp.einsum('nshd,nthd->nhst', queries, keys) / queries.shape[-1] ** 0.5
         logits += 10 * distance[:, steps]  # so that it moves far in few steps
-        return nn.softmax(jnp.where(mask[:, None, None], logits, -1e9))
+        weights = nn.softmax(jnp.where(mask[:, None, None], logits.astype(jnp.float32), -1e9))
+        return weights.astype(logits.dtype)
 
 
 class _Block(nn.Module):
@@ -190,9 +191,10 @@ class _Block(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         width = x.shape[-1]
         y = nn.LayerNorm(name='attention_norm')(x)
-        x += nn.MultiHeadDotProductAttention(self.num_heads, name='attention')(
-            y, mask=mask[:, None, None]
+        attention = nn.MultiHeadDotProductAttention(
+            self.num_heads, force_fp32_for_softmax=True, name='attention'
         )
+        x += attention(y, mask=mask[:, None, None])
         y = nn.LayerNorm(name='mlp_norm')(x)
         y = nn.silu(dense(4 * width, ('latent', 'mlp'), 'up', use_bias=True)(y))
         return x + dense(width, ('mlp', 'latent'), 'down', use_bias=True)(y)
@@ -227,7 +229,8 @@ def _descended(keys: jax.Array, values: jax.Array, rate: jax.Array) -> jax.Array
 
 
 def _rms(x: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+    whole = x.astype(jnp.float32)
+    return (whole * jax.lax.rsqrt(jnp.square(whole).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
 def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -> Hypernetwork:

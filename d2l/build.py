@@ -13,7 +13,7 @@ from d2l.hypernetwork import DocToLora, DocToLoraConfig
 from hyperlora import lora
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
-from hyperlora.models.base import BaseModel, abstract_base, load_encoder
+from hyperlora.models.base import BaseModel, abstract_base, load_base
 from hyperlora.models.decoder import prefix
 from hyperlora.models.families import DecoderConfig
 from hyperlora.models.vision import MultimodalConfig, soft_tokens
@@ -51,10 +51,9 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
         raise UserError(f'unknown context encoder {name!r}; known: {", ".join(CONTEXT_ENCODERS)}')
     encoder = base
     if config.encoder.model:
-        load = abstract_base if base.abstract else load_encoder
-        encoder = load(
-            config.encoder.model, config.encoder.dtype, mesh, config.encoder.quantization
-        )
+        c = config.encoder
+        load = abstract_base if base.abstract else functools.partial(load_base, images=True)
+        encoder = load(c.model, c.dtype, mesh, c.quantization)
     module = make_module(config, base.config, encoder.config)
     count = base.config.num_layers if module.config.layer_to_layer else config.encoder.num_layers
     depth = text_config(encoder.config).num_layers

@@ -38,9 +38,10 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     Raises:
       UserError: bad documents, or too few; a checkpoint that does not read documents.
     """
+    numbers = *config.counts, config.others, config.max_new_tokens
+    if not config.counts or not all(isinstance(n, int) and n > 0 for n in numbers):
+        raise UserError('counts, others and max_new_tokens must be positive numbers')
     counts = sorted(set(config.counts))
-    if not counts or counts[0] < 1 or config.others < 1:
-        raise UserError('counts and others must be positive numbers')
     if config.limit < 0 or config.questions < 0:
         raise UserError('limit and questions must not be negative')
     if config.documents < 1 or any(config.documents % count for count in counts):

@@ -3,7 +3,7 @@
 The teacher is the frozen model with the document in its prompt: it answers greedily, and its most
 likely tokens at each place of the answer are kept.
 
-Axes: b rows, s tokens, k labels, t the teacher's top entries.
+Axes: b rows, s tokens, k labels, e the teacher's top entries.
 
 Source: Doc-to-LoRA (arXiv 2602.15902), section 3.3 and appendix.
 """
@@ -11,6 +11,7 @@ Source: Doc-to-LoRA (arXiv 2602.15902), section 3.3 and appendix.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -111,7 +112,7 @@ class Teacher:
         answers: Sequence[Sequence[int]],
         entries: int,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The likeliest tokens at the places of each answer: ids, log-probabilities `[k, t]`."""
+        """The likeliest tokens at the places of each answer: ids, log-probabilities `[k, e]`."""
         longest = bucket(max(map(len, answers)), 16)
 
         def run(tokens, indices):
@@ -207,10 +208,12 @@ def records(
 
     Args:
       context_tokenizer: of the model that will read the contexts.
-      block: documents at a time.
+      block: documents at a time, at most.
     """
-    for start in range(0, len(documents), block):
-        yield from _block(teacher, context_tokenizer, documents[start : start + block], settings)
+    # Of even sizes: with questions of other documents, none may be alone in its block.
+    cuts = np.linspace(0, len(documents), -(-len(documents) // block) + 1).astype(int)
+    for start, end in itertools.pairwise(cuts):
+        yield from _block(teacher, context_tokenizer, documents[start:end], settings)
 
 
 def _block(teacher, context_tokenizer, documents, settings):

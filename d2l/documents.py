@@ -56,7 +56,7 @@ def read_squad(path: str) -> Iterator[Document]:
     file = pathlib.Path(path).expanduser()
     where = path
     try:
-        articles = json.loads(file.read_text(encoding='utf-8'))['data']
+        articles = json.loads(file.read_text(encoding='utf-8-sig'))['data']
         for index, article in enumerate(articles):
             for number, paragraph in enumerate(article['paragraphs']):
                 name = f'{article.get("title", index)}/{number}'
@@ -75,7 +75,7 @@ def read_squad(path: str) -> Iterator[Document]:
     except json.JSONDecodeError as error:
         raise UserError(f'{path}:{error.lineno}: not valid JSON ({error.msg})') from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{where}: not in the layout of SQuAD (lacks {error})') from error
+        raise UserError(f'{where}: not in the layout of SQuAD ({error!r})') from error
 
 
 def read_jsonl(path: str) -> Iterator[Document]:
@@ -91,7 +91,7 @@ def read_jsonl(path: str) -> Iterator[Document]:
     """
     file = pathlib.Path(path).expanduser()
     try:
-        lines = file.read_text(encoding='utf-8').split('\n')  # texts may hold other line ends
+        lines = file.read_text(encoding='utf-8-sig').split('\n')  # texts may hold other line ends
     except OSError as error:
         raise UserError(f'{path}: cannot read it ({error.strerror})') from error
     except UnicodeDecodeError as error:
@@ -262,7 +262,11 @@ def source(text: str, held_out: bool = False) -> dict[str, Any]:
     Raises:
       UserError: neither, or more than that.
     """
-    reader, _, path = text.partition(',')
+    reader, comma, path = text.partition(',')
+    if reader in READERS and not path and (comma or reader in _FORMS):
+        raise UserError(
+            f'name the documents as {reader},{_FORMS.get(reader, "PATH")}, not {text!r}'
+        )
     if not path:
         endings = {'.json': 'squad', '.jsonl': 'jsonl', '.parquet': 'parquet', '': 'tfds'}
         endings |= dict.fromkeys(files.SUFFIXES, 'text')

@@ -130,8 +130,8 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
 def _check(config: ConfigDict) -> None:
     if not config.lengths or not all(isinstance(n, int) and n > 0 for n in config.lengths):
         raise UserError(f'lengths must be numbers of tokens like 256,1024, not {config.lengths}')
-    if config.examples < 1 or config.max_new_tokens < 1:
-        raise UserError('examples and max_new_tokens must be positive')
+    if config.examples < 1 or config.max_new_tokens < 1 or config.seed < 0:
+        raise UserError('examples and max_new_tokens must be positive, seed not negative')
     if not 0 <= config.baseline_examples <= config.examples:
         raise UserError(
             f'baseline_examples must be from 0 to examples ({config.examples}), '

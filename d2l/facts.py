@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import yaml
 from faker.factory import Factory
+from num2words import num2words
 
 from d2l.documents import Document, Question
 from hyperlora.errors import UserError
@@ -28,12 +29,6 @@ _LOCALES = (
     *('sv_SE', 'sw', 'tr_TR', 'yo_NG', 'zu_ZA'),
 )
 _TOWNS = ('da_DK', 'de_DE', 'fi_FI', 'hr_HR', 'it_IT', 'pl_PL', 'ro_RO', 'sl_SI')
-_ONES = (
-    *('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten'),
-    *('eleven', 'twelve', 'thirteen', 'fourteen', 'fifteen', 'sixteen', 'seventeen', 'eighteen'),
-    'nineteen',
-)
-_TENS = ('twenty', 'thirty', 'forty', 'fifty', 'sixty', 'seventy', 'eighty', 'ninety')
 _ROMAN = ('II', 'III', 'IV', 'VI', 'VII', 'VIII', 'IX', 'XI', 'XII')  # V, X: see facts.yaml
 _NAMES = re.compile(r'\b[^\W\da-z_]\w{2,}')  # words with capitals
 _LONG = 450  # characters of a document that gets no more remarks
@@ -161,13 +156,6 @@ def _upper(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _spelled(number: int) -> str:
-    if number < 20:
-        return _ONES[number]
-    tens, one = divmod(number, 10)
-    return _TENS[tens - 2] + (f'-{_ONES[one]}' if one else '')
-
-
 @dataclasses.dataclass(frozen=True)
 class Value:
     """A value as it is written, other ways to write it, and the generator that made it."""
@@ -277,7 +265,7 @@ class _Inventor:
     def count(self, low: str, high: str) -> list[str]:
         number = self._number(int(low), int(high))
         if number < 100:
-            return self._shuffled(str(number), _spelled(number))
+            return self._shuffled(str(number), num2words(number))
         return self._shuffled(f'{number:,}', str(number)) if number > 999 else [str(number)]
 
     def _number(self, low: int, high: int) -> int:

@@ -28,88 +28,25 @@ GRASS = (
 )
 
 _NAMES = (
-    'Anna',
-    'Boris',
-    'Carla',
-    'David',
-    'Elena',
-    'Farid',
-    'Grace',
-    'Hugo',
-    'Ines',
-    'Jonas',
-    'Kavya',
-    'Liam',
-    'Mei',
-    'Noah',
-    'Olga',
-    'Pedro',
-    'Rosa',
-    'Samir',
-    'Tessa',
-    'Yuki',
-)
+    'Anna, Boris, Carla, David, Elena, Farid, Grace, Hugo, Ines, Jonas, Kavya, Liam, Mei, '
+    'Noah, Olga, Pedro, Rosa, Samir, Tessa, Yuki'
+).split(', ')
 _PLACES = (
-    'Lisbon',
-    'Oslo',
-    'Nairobi',
-    'Kyoto',
-    'Lima',
-    'Toronto',
-    'Vienna',
-    'Mumbai',
-    'Quito',
-    'Dublin',
-    'the old harbour',
-    'the market square',
-    'the northern valley',
-    'a small village',
-    'the city library',
-    'the railway museum',
-)
+    'Lisbon, Oslo, Nairobi, Kyoto, Lima, Toronto, Vienna, Mumbai, Quito, Dublin, the old '
+    'harbour, the market square, the northern valley, a small village, the city library, the '
+    'railway museum'
+).split(', ')
 _THINGS = (
-    'bicycle',
-    'violin',
-    'lantern',
-    'telescope',
-    'ladder',
-    'teapot',
-    'map',
-    'notebook',
-    'radio',
-    'blanket',
-    'compass',
-    'painting',
-    'wooden chair',
-    'fishing boat',
-    'greenhouse',
-)
+    'bicycle, violin, lantern, telescope, ladder, teapot, map, notebook, radio, blanket, '
+    'compass, painting, wooden chair, fishing boat, greenhouse'
+).split(', ')
 _QUALITIES = (
-    'old',
-    'quiet',
-    'expensive',
-    'broken',
-    'famous',
-    'heavy',
-    'colourful',
-    'rare',
-    'surprisingly small',
-    'well known',
-    'carefully made',
-    'almost forgotten',
-)
+    'old, quiet, expensive, broken, famous, heavy, colourful, rare, surprisingly small, well '
+    'known, carefully made, almost forgotten'
+).split(', ')
 _FIELDS = (
-    'geology',
-    'medicine',
-    'music',
-    'astronomy',
-    'law',
-    'architecture',
-    'biology',
-    'chemistry',
-    'history',
-    'economics',
-)
+    'geology, medicine, music, astronomy, law, architecture, biology, chemistry, history, economics'
+).split(', ')
 _TEMPLATES = (
     'In {year}, {name} moved to {place} to study {field}.',
     'The {thing} in {place} is {quality}.',
@@ -220,7 +157,7 @@ def from_file(path: str) -> Haystack:
       UserError: unreadable file, not UTF-8, or too little prose in it.
     """
     try:
-        text = pathlib.Path(path).read_text(encoding='utf-8')
+        text = pathlib.Path(path).read_text(encoding='utf-8-sig')
         if path.endswith('.json'):
             articles = json.loads(text)['data']
             text = '\n\n'.join(p['context'] for a in articles for p in a['paragraphs'])

@@ -159,7 +159,7 @@ class DocToLora(nn.Module):
             mlp = nn.remat(ResidualMlp, policy=REMAT_POLICIES[c.remat])
         for i in range(c.num_pre_head_layers):
             x = mlp(c.per_layer_processing, name=f'pre_head_{i}')(x)
-        x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        x = (x / jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True)).astype(x.dtype)
 
         widest = max(i + o for _, i, o in c.dims)
         head = self.param(

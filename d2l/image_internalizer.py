@@ -20,7 +20,6 @@ from hyperlora import lora as lora_lib
 from hyperlora.errors import UserError
 from hyperlora.lora import Lora
 from hyperlora.models import vision
-from hyperlora.models.base import MultimodalModel
 from hyperlora.models.images import ImageProcessor
 from hyperlora.trained import Trained
 
@@ -51,7 +50,7 @@ class ImageInternalizer:
             mixing = hypernetwork.build(config, captioner.base)
             self._process = ImageProcessor(config.vision.image_size)
             self._soft = jax.jit(lambda *args: mixing.generate(*args)[0])
-        elif isinstance(encoder, MultimodalModel):
+        elif encoder.images:
             self._process = encoder.images
         else:
             raise UserError(f'{encoder.name} reads no images; name a captioner')

@@ -141,8 +141,8 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     Raises:
       UserError: bad settings; a checkpoint or pictures that do not fit.
     """
-    if config.limit < 0 or config.batch < 1:
-        raise UserError('limit must not be negative, and batch must be positive')
+    if min(config.limit, config.seed) < 0 or config.batch < 1:
+        raise UserError('limit and seed must not be negative, and batch must be positive')
     model = trained.load(checkpoint)
     captioner = trained.load(config.captioner, model.base) if config.captioner else None
     internalizer = ImageInternalizer(model, captioner)

@@ -17,7 +17,7 @@ import numpy as np
 from d2l import chunking
 from hyperlora import lora as lora_lib
 from hyperlora.errors import UserError
-from hyperlora.generation import answer
+from hyperlora.generation import answer, bucket
 from hyperlora.lora import Lora
 from hyperlora.trained import Trained
 
@@ -36,9 +36,13 @@ class Internalizer:
         """`iterative` runs the Perceiver layer by layer or chunk by chunk: less memory, slower.
 
         Raises:
-          UserError: the checkpoint does not read documents.
+          UserError: the checkpoint does not read documents, or its config does not say how they are
+            cut.
         """
         trained.require_contexts('tokens', 'mask')
+        length = trained.config.get('chunk_length')
+        if not isinstance(length, int) or length < 1:
+            raise UserError(f'chunk_length in the config of the checkpoint is {length!r}')
         self.trained = trained
         generate = functools.partial(
             trained.hypernetwork.generate, iterative=iterative, min_gate=trained.config.min_gate
@@ -71,13 +75,10 @@ class Internalizer:
         return shape.get('rank') or max(map(self._padded, chunks))
 
     def _padded(self, chunk: tuple[int, ...]) -> int:
-        """Its length when it is encoded: 32, 64, 128, ... or that of the longest chunk."""
+        """Its length when it is encoded: of a few sizes, or that of the longest chunk."""
         config = self.trained.config
         affixes = len(config.chunk_prefix) + len(config.chunk_suffix)
-        length = 32
-        while length < len(chunk) + affixes:
-            length *= 2
-        return min(length, max(config.chunk_length + affixes, 32))
+        return min(bucket(len(chunk) + affixes), max(config.chunk_length + affixes, 32))
 
     def chunk_loras(
         self,

@@ -115,15 +115,6 @@ class Methods:
 
         yield 'retrieval', State(self.reader, prompt, len(document.text.encode()))
 
-    def untuned_no_context(self, document: Document) -> Iterator[tuple[str, State]]:
-        """The base model without a reader, and nothing of the document."""
-        yield 'untuned_no_context', State(None, self._bare)
-
-    def untuned_in_context(self, document: Document) -> Iterator[tuple[str, State]]:
-        """The base model without a reader, the document in the prompt."""
-        state = self._prompted(self.base.tokenizer.encode(document.text))
-        yield 'untuned_in_context', dataclasses.replace(state, lora=None)
-
     # ---- by the hypernetwork
 
     def d2l(self, document: Document) -> Iterator[tuple[str, State]]:
@@ -263,7 +254,8 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
         documents.
     """
     names = methods_of(config.methods, METHODS)
-    if list(config.steps) != sorted(set(config.steps)) or min(config.steps, default=0) < 1:
+    steps = config.steps
+    if not all(isinstance(n, int) and n > 0 for n in steps) or list(steps) != sorted(set(steps)):
         raise UserError(f'steps must be positive numbers that rise, not {config.steps}')
     for key in (
         'truncated_tokens',

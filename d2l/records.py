@@ -6,7 +6,7 @@ index (lengths of the contexts), so that training can choose documents by length
 them; a file without its index is not finished.
 
 Axes: s tokens of the context, q questions, p tokens of all prompts, y tokens of all answers,
-t the teacher's top entries.
+e the teacher's top entries.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import grain
@@ -37,7 +38,7 @@ class Query:
     Attributes:
       prompt: `[p]`, the question in the chat template, without the document.
       answer: `[y]`, with the end of the turn.
-      teacher_ids, teacher_log_probs: `[y, t]`, or None.
+      teacher_ids, teacher_log_probs: `[y, e]`, or None.
     """
 
     prompt: np.ndarray
@@ -112,8 +113,15 @@ class Record:
                 tuple(map(Query, prompts, answers, ids, log_probs)),
                 tuple(np.split(arrays['teacher_prompts'], cuts[2])),
             )
-        except (KeyError, ValueError, OSError, IndexError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             raise UserError(f'not a record of a document ({error})') from error
+
+
+# What reading a damaged archive raises.
+_DAMAGE = (
+    *(EOFError, IndexError, KeyError, NotImplementedError, OSError, ValueError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 def shard_path(folder: pathlib.Path, shard: int, shards: int) -> pathlib.Path:

@@ -107,7 +107,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory).expanduser() / _CONFIG
     try:
-        config = json.loads(path.read_text(encoding='utf-8'))
+        config = json.loads(path.read_text(encoding='utf-8-sig'))
         if config['peft_type'] != 'LORA':
             raise UserError(f'{path}: an adapter of type {config["peft_type"]!r}, not LORA')
         return config
@@ -115,6 +115,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise UserError(
             f'{directory} is not an adapter: {_CONFIG} is missing; make one with launch.adapt'
         ) from e
+    except NotADirectoryError as e:
+        raise UserError(f'{directory} is a file; give the folder of the adapter') from e
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f'{path} is damaged ({e!r}); make the adapter again') from e
 
@@ -175,13 +177,15 @@ def load(
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         root = config['r'] ** 0.5 if config.get('use_rslora') else config['r']
         scaling = config['lora_alpha'] / root
+        if not abs(scaling) < 1e9:  # nor not a number
+            raise ValueError(f'lora_alpha = {config["lora_alpha"]}')
     except FileNotFoundError as e:
         raise UserError(
             f'{directory} is not an adapter: {_WEIGHTS} is missing; make one with launch.adapt'
         ) from e
     except (OSError, safetensors.SafetensorError) as e:
         raise UserError(f'{path} is truncated or damaged ({e}); make the adapter again') from e
-    except (KeyError, TypeError, ZeroDivisionError) as e:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise UserError(f'{directory / _CONFIG} is damaged ({e!r}); make the adapter again') from e
     if saved is not None and fingerprint is not None and saved != fingerprint:
         raise UserError(

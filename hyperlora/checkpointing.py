@@ -59,24 +59,19 @@ class Checkpointer:
             ),
         )
 
-    def save(self, step: int, state, meta: dict) -> bool:
-        """Starts saving; a step already saved is left alone.
+    def save(self, step: int, state, meta: dict) -> None:
+        """Starts saving. The state may be used at once: arrays are copied before this returns.
 
         Args:
           step: number of steps done.
           state: pytree of arrays.
           meta: JSON record, see `check_meta`.
 
-        Returns:
-          Whether a save was started. It may be used at once: arrays are copied before this returns.
-
         Raises:
           UserError: this or the save before cannot be written.
         """
-        if step in self._manager.all_steps():
-            return False
         with self._writing():
-            return self._manager.save(
+            self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
@@ -335,7 +330,7 @@ def load_export(directory) -> tuple[dict, dict]:
     """
     path = epath.Path(directory) / _CONFIG
     try:
-        config = json.loads(path.read_text(encoding='utf-8'))
+        config = json.loads(path.read_text(encoding='utf-8-sig'))
         path = path.with_name(_PARAMS)
         # Not load_file, which reads no URLs, nor numpy.load, which knows no bfloat16.
         flat = {

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,8 @@ def greedy(
         token = jnp.where(ended, eos_id, token)
         return i + 1, token, answers.at[:, i].set(token), cache
 
-    return jax.lax.while_loop(running, advance, (1, token, answers, cache))[2]
+    answers = jax.lax.while_loop(running, advance, (1, token, answers, cache))[2]
+    return nn.with_logical_constraint(answers, (None, None))  # each process reads all of them
 
 
 @functools.partial(jax.jit, static_argnames=('decoder', 'room'))
@@ -213,6 +215,8 @@ def answer_tokens(
       tokens: of the prompts of a batch, which bound its memory. Batches are padded to powers of
         two, so that few shapes are compiled.
     """
+    if not prompts:
+        return []
     most = max(tokens // bucket(max(map(len, prompts))), 1)
     answers: list[list[int]] = []
     for start in range(0, len(prompts), most):
@@ -239,12 +243,12 @@ def top_log_probs(
     Args:
       tokens: `[b, s]` int32, padded to the right.
       label_positions: `[b, k]`, of the hidden state that predicts each label.
-      entries: t, how many tokens.
+      entries: e, how many tokens.
       lora: LoRA whose rows divide b, or None.
       positions, segments: `[b, s]` int32 of packed rows, or None.
 
     Returns:
-      ids `[b, k, t]` int32 and their log-probabilities under the whole distribution, f32.
+      ids `[b, k, e]` int32 and their log-probabilities under the whole distribution, f32.
     """
     hidden = decoder.apply({'params': params}, tokens, positions, segments, lora).hidden
     hidden = jnp.take_along_axis(hidden, label_positions[..., None], 1)

@@ -38,7 +38,7 @@ class Hypernetwork:
     Attributes:
       module: linen module whose `__call__(features, mask)` returns (a Lora of one row per context
         chunk, a Lora of one row shared by all or None). Its parameters are all that trains. Of
-        `captioner`, soft tokens `[n, t, d]` that stand before the query instead, and None.
+        `captioner`, soft tokens `[n, p, d]` that stand before the query instead, and None.
       encoder: the frozen model that reads contexts, with `params` and a `fingerprint`; often the
         base model itself.
       encode: (the encoder's parameters, context batch) -> (features, mask). Not differentiated.
@@ -51,7 +51,7 @@ class Hypernetwork:
       reconcile: (the sum of LoRAs of chunks or documents along the rank, the rank of each) -> one
         in which they do not disturb each other; None where sums are what was trained.
       dtype: that the module computes in. Parameters, their gradients and the optimizer stay f32;
-        norms, softmaxes and the sums of products are f32 in any case.
+        norms, the softmaxes of attention and the sums of products are f32 in any case.
     """
 
     module: nn.Module
@@ -117,10 +117,14 @@ def build(
       config: `name`, what its builder reads, and `dtype`, that it computes in; f32 if absent.
 
     Raises:
-      UserError: no hypernetwork of that name.
+      UserError: no hypernetwork or dtype of that name.
     """
     if config.name not in _BUILDERS:
         raise UserError(f'unknown hypernetwork {config.name!r}; known: {", ".join(_BUILDERS)}')
     module, function = _BUILDERS[config.name].split(':')
+    try:
+        dtype = jnp.dtype(config.get('dtype', 'float32'))
+    except TypeError as error:
+        raise UserError(f'unknown dtype {config.dtype!r} of the hypernetwork') from error
     built = getattr(importlib.import_module(module), function)(config, base, mesh)
-    return dataclasses.replace(built, dtype=jnp.dtype(config.get('dtype', 'float32')))
+    return dataclasses.replace(built, dtype=dtype)

@@ -173,7 +173,8 @@ def concatenate(*loras: Lora) -> Lora:
     def factors(lora: Lora, name: str) -> LoraPair:
         ratio = lora.scaling / first.scaling if lora is not first else 1
         if name in lora.pairs:
-            a, b = lora.pairs[name].a, lora.pairs[name].b * ratio
+            a, b = lora.pairs[name].a, lora.pairs[name].b
+            b = (b * ratio).astype(b.dtype)
         else:
             like = next(iter(lora.pairs.values())).a
             a, b = (jnp.zeros((*like.shape[:3], width), like.dtype) for width in widths[name])
@@ -187,7 +188,7 @@ def concatenate(*loras: Lora) -> Lora:
 
 
 def pack(lora: Lora, groups: int) -> Lora:
-    """Rows into ranks: `[l, g * n, r, d]` -> `[l, g, n * r, d]`, n rows to each of g groups."""
+    """Rows into ranks: `[l, g * n, r, i]` -> `[l, g, n * r, i]` (o for B), n rows to each group."""
 
     def merge_axes(x):
         layers, rows, rank, width = x.shape
@@ -306,7 +307,7 @@ def norms(lora: Lora) -> dict[str, jax.Array]:
     def norm(pair: LoraPair) -> jax.Array:
         # Of the factors' inner products: the delta itself is never made.
         inner = [jnp.einsum('lgri,lgsi->lgrs', x, x) for x in (pair.a, pair.b)]
-        return lora.scaling * jnp.sqrt(jnp.maximum((inner[0] * inner[1]).sum((2, 3)), 0))
+        return jnp.abs(lora.scaling) * jnp.sqrt(jnp.maximum((inner[0] * inner[1]).sum((2, 3)), 0))
 
     return {name: norm(pair) for name, pair in lora.pairs.items()}
 

@@ -8,8 +8,8 @@ Everything that differs between systems is passed in by the config: the hypernet
 context encoder), the data and the objective. Only the hypernetwork's parameters train; the base
 model is an argument of every step and is never differentiated with respect to.
 
-Axes: a microbatches, g groups (packed rows), n chunks per group, b queries, t query tokens,
-k labels, d width.
+Axes: a microbatches, g groups (packed rows), n chunks per group, b queries, t query tokens, p soft
+tokens, k labels, d width; e entries of a teacher's distribution, T tokens that it reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import re
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from flax.traverse_util import path_aware_map
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
@@ -77,15 +77,11 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
 def decayed(params: Any) -> Any:
     """True for the leaves that weight decay applies to: linear maps, not norms, biases, learned
     queries, scalers or the shared LoRA (as in the original)."""
-
-    def is_linear(path, _):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        return re.search(r'(kernel|head)$', name) is not None
-
-    return jax.tree_util.tree_map_with_path(is_linear, params)
+    return path_aware_map(lambda path, _: path[-1].endswith(('kernel', 'head')), params)
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW with a bound on the norm of all gradients together; see `decayed`, `learning_rate`."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -170,7 +166,7 @@ class Learner:
         query: dict[str, jax.Array],
     ) -> jax.Array:
         """The adapted model's hidden states at the labels, `[b, k, d]`. Instead of LoRAs there may
-        be soft tokens `[b, t, d]`, which stand first in each row."""
+        be soft tokens `[b, p, d]`, which stand first in each row."""
         adapter = rank_weights = noise = soft = None
         if isinstance(chunks, Lora):
             weights = query['chunk_weights']
@@ -331,10 +327,25 @@ def check_config(config: ConfigDict) -> None:
     for key in ('groups', 'accumulate', 'log_every', 'checkpoint_every', 'keep_checkpoints'):
         if config[key] < 1:
             raise UserError(f'config.{key} must be positive, not {config[key]}')
-    if config.remat not in REMAT_POLICIES:
-        raise UserError(
-            f'unknown config.remat {config.remat!r}; known: {", ".join(REMAT_POLICIES)}'
-        )
+    optimizer = config.optimizer
+    for name, value, allowed in (
+        ('seed', config.seed, config.seed >= 0),
+        ('chunk_length', length := config.get('chunk_length', 1), length >= 1),
+        ('neftune', config.neftune, 0 <= config.neftune < math.inf),
+        *(
+            (f'optimizer.{key}', optimizer[key], 0 <= optimizer[key] < math.inf)
+            for key in ('learning_rate', 'end_learning_rate', 'warmup_steps', 'weight_decay')
+        ),
+        *((f'optimizer.{key}', optimizer[key], 0 <= optimizer[key] < 1) for key in ('b1', 'b2')),
+        ('optimizer.clip_norm', optimizer.clip_norm, optimizer.clip_norm > 0),
+    ):
+        if not allowed:
+            raise UserError(f'config.{name} cannot be {value}')
+    learning_rate(optimizer)
+    shape = config.hypernetwork.get('shape', {})
+    for name, part in (('config', config), ('config.hypernetwork.shape', shape)):
+        if (remat := part.get('remat', 'none')) not in REMAT_POLICIES:
+            raise UserError(f'unknown {name}.remat {remat!r}; known: {", ".join(REMAT_POLICIES)}')
 
 
 def train(config: ConfigDict, workdir: str) -> TrainState:
@@ -343,7 +354,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     SIGTERM (a preemption) saves and returns; a second run continues exactly where it stopped.
 
     Raises:
-      UserError: a bad config, a checkpoint of another base or config, or a loss that is not finite.
+      UserError: a bad config, a mesh that does not fit the devices, a checkpoint of another base or
+        config, hosts that differ, a full disk, or a loss that is not finite.
+      Outage: a bucket or another host fails.
     """
     check_config(config)
     # ---- hosts, mesh and base model
@@ -369,7 +382,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         if len(dataset) < config.optimizer.steps:
             raise UserError(
                 f'the data have {len(dataset)} steps, the training {config.optimizer.steps}: set '
-                'config.data.steps and config.optimizer.steps alike'
+                'config.optimizer.steps and the steps in config.data alike'
             )
         meta = {
             'base_fingerprint': base.fingerprint,
@@ -415,11 +428,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         metrics, recent = None, []
         for step in range(start + 1, last_step + 1):
             batch = sharding.global_batch(next(batches), plan.batch_place)
-            rows = jax.tree.leaves(batch.get('query', batch.get('target')))
-            count = math.prod(rows[0].shape[:2])
             before, (state, metrics) = metrics, plan.step(state, plan.frozen, batch)
             jax.block_until_ready(before)  # steps are dispatched one ahead: rates are real
-            progress.update(step, count)
+            progress.update(step)
             recent.append(metrics)
             stopping = stop.requested or checkpointer.reached_preemption(step)
             saving = stopping or step == last_step or step % config.checkpoint_every == 0

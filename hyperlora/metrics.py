@@ -1,6 +1,7 @@
 """Training metrics: a JSONL file, TensorBoard scalars, and a progress line."""
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import time
 import tensorboardX
 from etils import epath
 
-from hyperlora.errors import UserError
+from hyperlora.errors import Outage, UserError
 
 
 class MetricWriter:
@@ -48,40 +49,48 @@ class MetricWriter:
           scalars: name to number (or scalar array).
 
         Raises:
-          UserError: the disk is full.
+          UserError: the disk is full; Outage if it is a bucket that cannot be written to.
         """
         scalars = {name: float(value) for name, value in scalars.items()}
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
         line = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        try:
+        with self._writing():
             self._file.write(json.dumps({'step': step, **line}) + '\n')
             self._file.flush()
-        except OSError as error:
-            raise UserError(
-                f'{self._file.name}: cannot write ({error.strerror}): make room there, then start '
-                'again to continue from the last checkpoint'
-            ) from error
-
         if self._url and time.monotonic() - self._copied > 30:
             self.flush()
 
     def flush(self):
-        """Makes sure that all that was written is in the workdir."""
-        self._file.flush()
-        self._board.flush()
-        if self._url:
-            for path in pathlib.Path(self._local.name).iterdir():
-                (self._url / path.name).write_bytes(path.read_bytes())
-            self._copied = time.monotonic()
+        """Makes sure that all that was written is in the workdir; raises as `write`."""
+        with self._writing():
+            self._file.flush()
+            self._board.flush()
+            if self._url:
+                for path in pathlib.Path(self._local.name).iterdir():
+                    (self._url / path.name).write_bytes(path.read_bytes())
+                self._copied = time.monotonic()
 
     def close(self):
-        """Flushes and closes both files."""
-        self.flush()
-        self._file.close()
-        self._board.close()
-        if self._url:
-            self._local.cleanup()
+        """Flushes and closes both files; raises as `write`."""
+        with self._writing(), contextlib.ExitStack() as at_end:
+            if self._url:
+                at_end.callback(self._local.cleanup)
+            at_end.callback(self._board.close)
+            at_end.callback(self._file.close)
+            self.flush()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:  # gcsfs passes on those of its HTTP library
+            kind, remedy = (Outage, '') if self._url else (UserError, 'make room there, then ')
+            where = self._url / 'metrics.jsonl' if self._url else self._file.name
+            raise kind(
+                f'{where}: cannot write ({getattr(error, "strerror", None) or error}): {remedy}'
+                'start again to continue from the last checkpoint'
+            ) from error
 
 
 class Progress:
@@ -98,21 +107,19 @@ class Progress:
     def __init__(self, total_steps: int, start_step: int = 0, window: int = 50):
         self._total = total_steps
         self._step = start_step
-        self._ends = collections.deque(maxlen=window + 1)  # (step, rows so far, time)
+        self._ends = collections.deque(maxlen=window + 1)  # (step, time)
 
-    def update(self, step: int, rows: int):
-        """Notes that `step` (the number of steps done) ended, having used `rows` packed rows."""
-        before = self._ends[-1][1] if self._ends else 0
+    def update(self, step: int):
+        """Notes that `step` (the number of steps done) ended."""
         self._step = step
-        self._ends.append((step, before + rows, time.monotonic()))
+        self._ends.append((step, time.monotonic()))
 
     def rates(self) -> dict[str, float]:
-        """`steps_per_second` and `rows_per_second`; empty before the second step has ended."""
+        """`steps_per_second`; empty before the second step has ended."""
         if len(self._ends) < 2:
             return {}
-        steps, rows, seconds = (b - a for a, b in zip(self._ends[0], self._ends[-1], strict=True))
-        seconds = max(seconds, 1e-9)
-        return {'steps_per_second': steps / seconds, 'rows_per_second': rows / seconds}
+        steps, seconds = (b - a for a, b in zip(self._ends[0], self._ends[-1], strict=True))
+        return {'steps_per_second': steps / max(seconds, 1e-9)}
 
     def line(self, loss: float) -> str:
         """One line of text: step, loss and, once known, rate and remaining time."""
@@ -122,7 +129,6 @@ class Progress:
             left = round((self._total - self._step) / rates['steps_per_second'])
             text += (
                 f'  {rates["steps_per_second"]:.2f} steps/s'
-                f'  {rates["rows_per_second"]:.1f} rows/s'
                 f'  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}'
             )
         return text

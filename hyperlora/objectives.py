@@ -1,6 +1,6 @@
 """Objectives of meta-learning: what the generated LoRAs are trained towards.
 
-Axes: b rows, k labels per row, d width, v vocabulary, t teacher's top entries, l layers, n chunks,
+Axes: b rows, k labels per row, d width, v vocabulary, e teacher's top entries, l layers, n chunks,
 r rank, i and o a module's widths.
 
 Losses are sums with weights, divided once after all microbatches and devices are added up, so that
@@ -58,13 +58,13 @@ def cross_entropy(
 
 
 def top_k_distillation(logits: jax.Array, query: dict[str, jax.Array]) -> jax.Array:
-    """`-sum_t p_teacher log q_student` over the teacher's top entries as stored, `[b, k]` f32.
+    """`-sum_e p_teacher log q_student` over the teacher's top entries as stored, `[b, k]` f32.
 
     Not renormalised over the top entries (Doc-to-LoRA, section 3.3).
 
     Args:
       logits: `[b, k, v]` at the label positions.
-      query: holds `teacher_ids [b, k, t]` and `teacher_log_probs [b, k, t]`.
+      query: holds `teacher_ids [b, k, e]` and `teacher_log_probs [b, k, e]`.
     """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     student = jnp.take_along_axis(log_probs, query['teacher_ids'], -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -13,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from hyperlora import checkpointing, hypernetwork
-from hyperlora.errors import UserError
+from hyperlora.errors import UserError, some
 from hyperlora.hypernetwork import Hypernetwork
 from hyperlora.models.base import BaseModel, load_base
 
@@ -78,32 +79,38 @@ def load(
         the checkpoint was trained with.
     """
     folder, params, meta = read(checkpoint)
-    try:
+    with _foreign(folder):
         config, fingerprint = ConfigDict(meta['config']), meta['base_fingerprint']
         encoder_fingerprint = meta['encoder_fingerprint']
-        base = base or load_base(
-            config.base,
-            config.base_dtype,
-            quantization=quantization or config.base_quantization,
+        named = config.base, config.base_dtype, None, quantization or config.base_quantization
+    base = base or load_base(*named)
+    if fingerprint != base.fingerprint:
+        raise UserError(
+            f'{folder} was trained for base model {fingerprint} '
+            f'({config.base}), not for {base.fingerprint} ({base.name})'
         )
-        if fingerprint != base.fingerprint:
-            raise UserError(
-                f'{folder} was trained for base model {fingerprint} '
-                f'({config.base}), not for {base.fingerprint} ({base.name})'
-            )
+    with _foreign(folder):
         built = hypernetwork.build(config.hypernetwork, base)
-        if encoder_fingerprint != built.encoder.fingerprint:
-            raise UserError(
-                f'{folder} was trained with the encoder {encoder_fingerprint}, not with '
-                f'{built.encoder.fingerprint} ({built.encoder.name})'
-            )
-    except (KeyError, AttributeError, TypeError) as e:
-        raise UserError(f'{folder}/config.json is not that of a hypernetwork ({e})') from e
-    expected = jax.eval_shape(
-        lambda frozen: nn.unbox(built.init(jax.random.key(0), frozen)), built.encoder.params
-    )
+    if encoder_fingerprint != built.encoder.fingerprint:
+        raise UserError(
+            f'{folder} was trained with the encoder {encoder_fingerprint}, not with '
+            f'{built.encoder.fingerprint} ({built.encoder.name})'
+        )
+    with _foreign(folder):
+        expected = jax.eval_shape(
+            lambda frozen: nn.unbox(built.init(jax.random.key(0), frozen)), built.encoder.params
+        )
     check_fit(folder, expected, params)
     return Trained(config, base, built, jax.tree.map(jnp.asarray, params))
+
+
+@contextlib.contextmanager
+def _foreign(folder: pathlib.Path):
+    """What a config lacks, or has otherwise, is the user's mistake."""
+    try:
+        yield
+    except (KeyError, AttributeError, TypeError, ValueError, ZeroDivisionError) as e:
+        raise UserError(f'the config of {folder} is not that of a hypernetwork ({e})') from e
 
 
 def read(checkpoint: str) -> tuple[pathlib.Path, Any, dict]:
@@ -125,7 +132,10 @@ def read(checkpoint: str) -> tuple[pathlib.Path, Any, dict]:
 def check_fit(folder: pathlib.Path, expected: Any, found: Any) -> None:
     """Raises UserError unless two trees of parameters agree in names and shapes."""
     if wrong := differences(expected, found):
-        raise UserError(f'{folder}: the tensors do not fit the config: {", ".join(wrong)}')
+        raise UserError(
+            f'{folder}: the tensors do not fit the config: {some(wrong)}; choose weights of the '
+            'same hypernetwork'
+        )
 
 
 def differences(expected: Any, found: Any) -> list[str]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from hyperlora import torch_files
-from hyperlora.errors import UserError
+from hyperlora.errors import UserError, some
 from hyperlora.models.base import load_params
 from hyperlora.trained import differences
 
@@ -90,7 +90,7 @@ def convert(
     wrong = differences(nn.unbox(wanted), done.params)
     wrong += [f'{name} is unknown' for name in sorted(state.unread)]
     if wrong:
-        raise UserError(f'{path}: the tensors do not fit the settings: {", ".join(wrong)}')
+        raise UserError(f'{path}: the tensors do not fit the settings: {some(wrong)}')
     return done.params, {
         'config': {'base': base, 'base_dtype': dtype, 'base_quantization': 'none', **done.config},
         'base_fingerprint': base_fingerprint,

@@ -25,11 +25,8 @@ _TASK = flags.DEFINE_string('task', None, 'Description of a task.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the adapter.', required=True)
 _FORMAT = flags.DEFINE_enum('format', 'peft', ['peft'], 'Layout of the adapter.')
 _ITERATIVE = flags.DEFINE_bool('iterative', False, 'Less memory, slower; of documents.')
-_QUANTIZATION = flags.DEFINE_enum(
-    'base_quantization',
-    None,
-    ['none', 'bfloat16', 'int8', 'int4'],
-    'Of the frozen base model; by default as in the training.',
+_QUANTIZATION = flags.DEFINE_string(
+    'base_quantization', None, 'Of the frozen base model; by default as in the training.'
 )
 
 

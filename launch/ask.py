@@ -11,9 +11,7 @@ from launch import cli
 _ADAPTER = flags.DEFINE_string('adapter', None, 'Folder of the adapter.', required=True)
 _QUESTION = flags.DEFINE_string('question', None, 'What to ask.', required=True)
 _BASE = flags.DEFINE_string('base', None, 'Base model; default: the one the adapter names.')
-_QUANTIZATION = flags.DEFINE_enum(
-    'base_quantization', 'none', ['none', 'bfloat16', 'int8', 'int4'], 'Of the frozen base model.'
-)
+_QUANTIZATION = flags.DEFINE_string('base_quantization', 'none', 'Of the frozen base model.')
 _MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 64, 'Limit of the answer.', lower_bound=1)
 
 

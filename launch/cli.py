@@ -79,6 +79,7 @@ def writable_folder(path) -> str:
 
     Raises:
       UserError: it is another URL, or cannot be created or written to.
+      Outage: the bucket does not answer as it should.
     """
     if '://' not in str(path):
         return str(writable_directory(path).resolve())
@@ -95,7 +96,8 @@ def writable_folder(path) -> str:
     except ImportError as error:
         raise UserError(f"{path}: needs gcsfs: pip install 'hyperlora[gcs]'") from error
     except Exception as error:  # gcsfs passes on those of its HTTP and credentials libraries
-        raise UserError(
+        mistake = isinstance(error, FileNotFoundError | PermissionError)
+        raise (UserError if mistake else Outage)(
             f'{path}: cannot write there ({error or type(error).__name__}); check that the bucket '
             'exists and that this machine may write to it'
         ) from error
@@ -123,10 +125,15 @@ def _parse_flags(argv):
     except SyntaxError as error:
         raise UserError(f'the config file is not valid Python: {error}') from error
     except (AttributeError, KeyError) as error:
+        if 'get_config' in str(error):
+            raise UserError('the config file has no function get_config') from error
         override = _unknown_override(error, argv)
         if override is None:
             raise
         raise UserError(f'{override}: no such setting in the config') from error
+    for name in flags.FLAGS:
+        if flags.FLAGS[name].present and flags.FLAGS[name].value == '' and '.' not in name:
+            raise UserError(f'--{name} is empty (is a variable of the shell not set?)')
     if len(rest) > 1:
         raise UserError(f'unexpected argument {rest[1]!r} (settings are given as --name=value)')
     return rest

@@ -34,7 +34,7 @@ def generate():
     from d2l import distillation, documents, records
     from hyperlora import hosts, lora_table, sharding, trained
     from hyperlora.evaluation import record
-    from hyperlora.models.base import load_base, load_encoder
+    from hyperlora.models.base import load_base
 
     if 'source' not in config:
         raise UserError('this is no config of documents; see configs/documents.py')
@@ -58,6 +58,7 @@ def generate():
         'reader': record.digest(trained.read(config.reader)[1]) if config.reader else None,
     }
     hosts.check_agreement({**meta, 'output': str(output.resolve())})
+    hosts.check_shared(output)
     paths = [records.shard_path(output, shard, config.shards) for shard in range(config.shards)]
     others = set(output.glob('documents-*')) - {
         path.with_suffix(suffix)
@@ -75,7 +76,7 @@ def generate():
             records.check_meta(path, meta)
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
     base = load_base(config.base, config.base_dtype, mesh, config.base_quantization)
-    encoder = load_encoder(config.encoder, config.base_dtype, mesh) if config.encoder else base
+    encoder = load_base(config.encoder, config.base_dtype, mesh) if config.encoder else base
     made_with = {
         **meta,
         'base_fingerprint': base.fingerprint,

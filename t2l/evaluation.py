@@ -34,6 +34,11 @@ from t2l.tasks import Example, Task, check_descriptions, field, parse
 _ROWS = 64  # LoRAs in one call
 
 
+def known_tasks(trained: Trained) -> set[str]:
+    """The names of the tasks that a checkpoint was trained on."""
+    return set(trained.config.get('data', {}).get('tasks', ()))
+
+
 def exact_match(answer: str, example: Example) -> bool:
     """The answer is one of those accepted, but for white space around it."""
     return answer.strip() in example.outputs
@@ -60,7 +65,7 @@ class Methods:
           per_task: a `LoraTable` of an entry per task.
         """
         self.specializer, self.tasks = specializer, tasks
-        self._known = set(specializer.trained.config.data.tasks)
+        self._known = known_tasks(specializer.trained)
         self._tables = {'multitask': multitask, 'per_task': per_task}
 
     @property
@@ -76,7 +81,7 @@ class Methods:
     def _loras(self) -> tuple[list[str], Trained]:
         """The LoRAs per task, and the names of their tasks."""
         table = self._table('per_task')
-        names = list(table.config.data.tasks)
+        names = list(table.config.data.get('tasks', ()))
         if (count := table.config.hypernetwork.shape.entries) != len(names):
             raise UserError(f'--config.per_task has {count} LoRAs, but {len(names)} tasks')
         return names, table
@@ -205,7 +210,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     if config.limit < 0 or config.seeds < 1:
         raise UserError('limit must not be negative, seeds must be positive')
     specializer = Specializer(trained.load(checkpoint, quantization=config.base_quantization))
-    seen = set(specializer.trained.config.data.tasks)
+    seen = known_tasks(specializer.trained)
     tables = {
         name: trained.load(config[name], specializer.trained.base).require('lora_table')
         if config[name]

@@ -81,7 +81,7 @@ def parse(path: pathlib.Path) -> Any:
       UserError: cannot be read, or malformed; names the line.
     """
     try:
-        text = path.read_text(encoding='utf-8')
+        text = path.read_text(encoding='utf-8-sig')
         return json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: cannot be read: {error}') from error
@@ -92,6 +92,8 @@ def parse(path: pathlib.Path) -> Any:
         line = f', line {mark.line + 1}' if mark else ''
         problem = getattr(error, 'problem', None) or error
         raise UserError(f'{path}{line}: not YAML: {problem}') from error
+    except ValueError as error:  # a date that there is not
+        raise UserError(f'{path}: not YAML: {error}') from error
 
 
 def field(entry: Any, key: str, kind: type | tuple[type, ...], place: str) -> Any:

@@ -149,6 +149,10 @@ def with_pissa(folder):
     rewrite(folder, {'init_lora_weights': 'pissa'})
 
 
+def with_no_scaling(folder):
+    rewrite(folder, {'lora_alpha': float('nan')})
+
+
 def with_more(folder):
     more = {'base_model.model.lm_head.lora_A.weight': np.ones((2, 3), np.float32)}
     rewrite(folder, tensors=lambda found: found | more)
@@ -189,6 +193,7 @@ def with_a_nan(folder):
         (without_config, 'adapter_config.json is missing'),
         (cut_config, 'damaged'),
         (rank_zero, 'damaged'),
+        (with_no_scaling, 'damaged .*lora_alpha = nan'),
         (of_another_rank, r'down_proj is of rank 2, but adapter_config.json says r = 4'),
         (of_another_kind, "type 'IA3'"),
         (with_dora, r"modules_to_save = \['lm_head'\], use_dora = True are not supported"),

@@ -83,9 +83,8 @@ def test_the_latest_are_kept(tmp_path):
     checkpointer = _open(tmp_path / 'run')
     assert checkpointer.latest_step() is None
     for step in (2, 4, 6, 7):
-        assert checkpointer.save(step, _state(), META)
+        checkpointer.save(step, _state(), META)
     checkpointer.wait()
-    assert not checkpointer.save(7, _state(), META)
     assert not checkpointer.reached_preemption(7)
     checkpointer.close()
     assert {path.name for path in (tmp_path / 'run').iterdir()} == {'6', '7'}
@@ -120,7 +119,7 @@ def test_a_save_cut_short_by_kill_9_is_ignored(tmp_path):
     checkpointer, state = _open(directory), {'w': jnp.ones(4)}
     assert checkpointer.latest_step() == 1
     checkpointer.restore(1, _abstract(state))
-    assert checkpointer.save(2, state, META)
+    checkpointer.save(2, state, META)
     checkpointer.close()
     assert {path.name for path in directory.iterdir()} == {'1', '2'}
 
@@ -179,7 +178,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_remains(saved):
     jax.tree.map(
         np.testing.assert_array_equal, checkpointer.restore(4, _abstract(_state())), _state()
     )
-    assert checkpointer.save(6, _state(), META)
+    checkpointer.save(6, _state(), META)
     checkpointer.close()
     assert {path.name for path in saved.iterdir()} == {'4', '6'}
 
@@ -236,15 +235,17 @@ def test_a_foreign_directory_is_refused(tmp_path):
     assert (foreign / 'model.bin').exists()
 
 
-@pytest.mark.parametrize('change', ['extra', 'shape'])
-def test_another_model_is_refused(saved, change):
+@pytest.mark.parametrize(
+    'change, reason', [('extra', '.*extra'), ('shape', r'.*\(32, 64\)')], ids=['extra', 'shape']
+)
+def test_another_model_is_refused(saved, change, reason):
     state = _state()
     if change == 'extra':
         state['extra'] = jnp.ones(3)
     else:
         state['params']['w'] = jnp.ones((32, 64))
     checkpointer = _open(saved)
-    with pytest.raises(UserError, match='another model'):
+    with pytest.raises(UserError, match=f'another model.*reason: {reason}'):
         checkpointer.restore(4, _abstract(state))
     checkpointer.close()
 
@@ -287,7 +288,7 @@ def test_export_keeps_files_that_are_not_its_own(tmp_path):
     with pytest.raises(UserError, match='other files'):
         checkpointing.export(tmp_path, {'w': jnp.ones(2)}, {})
     (tmp_path / 'file').touch()
-    with pytest.raises(UserError, match='file'):
+    with pytest.raises(UserError, match='file: cannot write the export .Not a directory'):
         checkpointing.export(tmp_path / 'file', {'w': jnp.ones(2)}, {})
 
 

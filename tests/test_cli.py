@@ -9,7 +9,7 @@ import sys
 import pytest
 from etils import epath
 
-from hyperlora.errors import UserError
+from hyperlora.errors import Outage, UserError
 from launch import cli
 
 _COMMAND = """
@@ -60,6 +60,7 @@ def command(tmp_path):
     (tmp_path / 'command.py').write_text(_COMMAND)
     (tmp_path / 'config.py').write_text(_CONFIG)
     (tmp_path / 'broken.py').write_text('def get_config(:\n')
+    (tmp_path / 'other.py').write_text('SETTINGS = 1\n')
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment = {**os.environ, 'PYTHONPATH': root, 'HOME': str(tmp_path), 'JAX_PLATFORMS': 'cpu'}
     environment.pop('JAX_COMPILATION_CACHE_DIR', None)
@@ -110,6 +111,8 @@ def test_the_cache_directory_of_the_user_wins_and_a_bad_home_is_harmless(command
         (['--config=absent.py'], ['absent.py', 'No such file']),
         (['--config=absent.py', '--config.model.depth=1'], ['absent.py', 'No such file']),
         (['--config=broken.py'], ['broken.py', 'line 1']),
+        (['--config=other.py'], ['the config file has no function get_config']),
+        (['--config=config.py', '--do='], ['--do is empty (is a variable']),
         (['--config=config.py:unknown'], ["no variant 'unknown'"]),
         (['--config=config.py:value'], ['config.py:value', 'bad variant']),
         (['--config=config.py', '--dp=1'], ["'dp'"]),
@@ -168,6 +171,15 @@ def test_writable_folder(tmp_path, monkeypatch):
         patch.setattr(epath, 'Path', lambda url: path(str(url).replace('gs://bucket', str(bucket))))
         assert cli.writable_folder('gs://bucket/run') == str(bucket / 'run')
     assert (bucket / 'run').is_dir() and not list((bucket / 'run').iterdir())
+
+    for error, kind in ((OSError('503'), Outage), (FileNotFoundError('404'), UserError)):
+
+        def failing(url, error=error):
+            raise error
+
+        monkeypatch.setattr(epath, 'Path', failing)
+        with pytest.raises(kind, match=f'gs://bucket/run: cannot write there .{error}.'):
+            cli.writable_folder('gs://bucket/run')
 
     def without_gcsfs(url):
         raise ImportError

@@ -39,6 +39,7 @@ from t2l import evaluation as t2l_evaluation
 from t2l.specialize import Specializer
 from t2l.tasks import Task
 
+QUANTIZATIONS = []  # that base models were asked for with; they come without
 DOCUMENT = 'The keeper of the lighthouse is called Mara. ' * 30
 
 
@@ -46,9 +47,14 @@ DOCUMENT = 'The keeper of the lighthouse is called Mara. ' * 30
 def base():
     """SmolLM2, loaded once for all commands."""
     load = functools.cache(base_models.load_base)
+
+    def noted(name, dtype='float32', mesh=None, quantization='none'):
+        QUANTIZATIONS.append(quantization)
+        return load(name)
+
     with pytest.MonkeyPatch.context() as patch:
         for module in (base_models, session, trained):
-            patch.setattr(module, 'load_base', lambda name, *_, **__: load(name))
+            patch.setattr(module, 'load_base', noted)
         yield load('smollm2')
 
 
@@ -145,6 +151,13 @@ def test_adapt_and_ask(command, checkpoint, document, base, tmp_path):
 
     code, out, err = command('ask', adapter=adapter, question='Who?', max_new_tokens=6)
     assert code == 0, err
+    assert QUANTIZATIONS[-2:] == ['none', 'none']
+    for name, settings in {
+        'adapt': {'checkpoint': checkpoint, 'document': document, 'output': tmp_path / 'other'},
+        'ask': {'adapter': adapter, 'question': 'Who?', 'max_new_tokens': 1},
+    }.items():
+        assert command(name, base_quantization='int8', **settings)[0] == 0
+        assert QUANTIZATIONS[-1] == 'int8'
     prompt = base.tokenizer.prompt('Who?')
     assert out == generation.answer(base, [prompt], 6, expected)[0] + '\n'
     assert out != generation.answer(base, [prompt], 6)[0] + '\n'
@@ -432,7 +445,7 @@ def test_a_reader_is_trained_and_teaches(command, checkpoint, base, tmp_path):
     made = {'config_settings.answers': 'given', 'config_settings.entries': 0}
     code, out, err = command('generate_data', output=given, **source, **made)
     assert code == 0 and '1 of 1 documents' in out, err
-    steps = {f'config_{key}': 2 for key in ('optimizer.steps', 'data.steps', 'groups')}
+    steps = {f'config_{key}': 2 for key in ('optimizer.steps', 'groups')}
     steps['config_optimizer.warmup_steps'] = 2
     assert_mistake(
         command('train', config=f'configs/reader.py:{given}', workdir=reader, **steps),
@@ -487,8 +500,9 @@ def make_data(command, tmp_path, monkeypatch):
 
 def test_processes_make_every_shard_once(make_data, tmp_path, monkeypatch):
     """Also if one begins when another has ended; all must agree on what they make."""
-    agreed, written = [], []
+    agreed, shared, written = [], [], []
     monkeypatch.setattr(hosts, 'check_agreement', agreed.append)
+    monkeypatch.setattr(hosts, 'check_shared', shared.append)
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
     for process in range(2):
         monkeypatch.setattr(jax, 'process_index', lambda i=process: i)
@@ -499,6 +513,18 @@ def test_processes_make_every_shard_once(make_data, tmp_path, monkeypatch):
     assert len(records.Records(str(tmp_path / 'out'))) == 7
     assert agreed[0] == agreed[1] and agreed[0]['output'] == str(tmp_path / 'out')
     assert agreed[0]['config']['shards'] == 5
+    assert shared == [tmp_path / 'out'] * 2
+
+
+def test_data_go_on_after_the_last_whole_file(make_data, tmp_path):
+    code, _, err = make_data(config_shards=3)
+    assert code == 0, err
+    (tmp_path / 'out' / 'documents-00001-of-00003.json').unlink()
+    code, out, err = make_data(config_shards=3)
+    assert code == 0 and re.findall(r'documents-0*(\d)-of', out) == ['1'], err
+    assert len(records.Records(str(tmp_path / 'out'))) == 7
+    assert_mistake(make_data(config_shards=3, config_limit=5), 'made with other settings')
+    assert_mistake(make_data(config_shards=2), 'holds other records')
 
 
 def test_data_that_cannot_be_made(make_data, monkeypatch):

@@ -136,6 +136,10 @@ def test_generation_stops_at_the_end_of_an_answer(tiny):
         assert row == unbounded[:end] + [eos_id] * (12 - end)
 
 
+def test_no_prompts_have_no_answers(tiny):
+    assert generation.answer_in_batches(tiny, [], 4) == []
+
+
 def test_a_prompt_that_does_not_fit_is_refused(tiny):
     with pytest.raises(UserError, match='window of 256'):
         generation.answer(tiny, [[5] * 250], 10)
@@ -172,13 +176,16 @@ def test_packed_rows_are_separate_rows(tiny):
 
 
 def test_order_of_tokens_matters(tiny):
-    """Rotary positions are relative: a shift of all changes nothing, a swap does."""
+    """Rotary positions are relative: a shift of all changes nothing, a swap or a stretch does."""
     decoder, positions = Decoder(tiny.config), np.tile(np.arange(24), (3, 1))
     base = run(decoder, tiny.params, TOKENS)
     np.testing.assert_allclose(
         run(decoder, tiny.params, TOKENS, positions=positions + 40), base, atol=5e-5
     )
     assert np.abs(run(decoder, tiny.params, TOKENS, positions=positions * 3) - base).max() > 0.01
+    swapped = TOKENS.copy()
+    swapped[:, [2, 3]] = TOKENS[:, [3, 2]]
+    assert np.abs(run(decoder, tiny.params, swapped) - base)[:, -1].max() > 0.01
 
 
 @pytest.mark.parametrize('packed', [False, True])

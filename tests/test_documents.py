@@ -108,6 +108,13 @@ def test_lines_of_json_end_at_line_feeds_only(tmp_path):
     assert [document.text for document in documents.read_jsonl(path)] == ['a\u2028b', 'c']
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = write(tmp_path / 'a.jsonl', '\ufeff{"text": "a"}\n')
+    assert [document.text for document in documents.read_jsonl(path)] == ['a']
+    path = write(tmp_path / 'a.json', '\ufeff' + squad('b', 'c?', 'd'))
+    assert [document.text for document in documents.read_squad(path)] == ['b']
+
+
 def test_articles_without_a_title(tmp_path):
     paragraph = {'context': 'Text.', 'qas': []}
     articles = [{'paragraphs': [paragraph]}] * 2
@@ -369,8 +376,18 @@ def test_a_record_comes_back(entries):
         [found.context, found.teacher_prompts, [vars(q) for q in found.queries]],
         [wanted.context, wanted.teacher_prompts, [vars(q) for q in wanted.queries]],
     )
+    whole = wanted.to_bytes()
     with pytest.raises(UserError, match='not a record'):
-        Record.from_bytes(wanted.to_bytes()[:-40])
+        Record.from_bytes(whole[:-40])
+    refused = 0
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        try:
+            Record.from_bytes(bytes(damaged))  # what the archive does not use may be anything
+        except UserError:
+            refused += 1
+    assert refused > len(whole) // 3
 
 
 def test_records_of_several_files(tmp_path):
@@ -494,6 +511,9 @@ def test_questions_about_other_documents(teacher, monkeypatch):
         assert query.prompt.tolist() == base.tokenizer.prompt(f'{other}?')
         assert known.teacher_prompts[0].tolist() == query.prompt.tolist()
         assert query.answer.tolist() == [80, 3] and query.teacher_ids.shape == (2, 2)
+    # However many a block holds, none is alone in the last one.
+    made = distillation.records(teacher, base.tokenizer, sources, settings, block=3)
+    assert [known.name for known in made] == list('abcd')
 
 
 @pytest.mark.parametrize('questions', ['given', 'others'])
@@ -655,6 +675,18 @@ def test_groups(tmp_path, kind):
     assert ('teacher' in largest) == (kind == 'online')
     config.group_tokens = 1  # a document alone: the longest
     assert docs.example(config, None, None)['context']['tokens'].size == max(config.context_tokens)
+
+
+def test_all_documents_have_the_same_odds(tmp_path):
+    """However many share their bucket of length, and however many make a group."""
+    shard = [record(f'd{n}', n) for n in (3, 4, 5, 6, 7, 8, 12)]
+    records.write_shard(records.shard_path(tmp_path, 0, 1), shard, {})
+    config = ConfigDict({**CONFIG, 'steps': 600, 'chunks': (1,)})
+    groups = DocumentGroups(Records(tmp_path), config, seed=0, groups_per_step=1)
+    drawn = np.concatenate([groups[i]['context']['mask'].sum(1) for i in range(600)])
+    lengths, counts = np.unique(drawn, return_counts=True)
+    assert lengths.tolist() == [3, 4, 5, 6, 7, 8, 12]
+    np.testing.assert_allclose(counts, counts.mean(), rtol=0.2)
 
 
 def test_documents_together(tmp_path):

@@ -5,6 +5,7 @@ Run as a program, this file is one of the processes that tests start:
     python tests/test_hosts.py --config=tests/test_hosts.py --workdir=DIR --distributed ...
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -21,11 +22,12 @@ import pytest
 import test_reconstruction
 from conftest import CharTokenizer, tiny_base, tiny_training
 
-from hyperlora import data, hosts, meta_learning, sharding
+from hyperlora import data, generation, hosts, meta_learning, sharding
 from hyperlora.errors import UserError
 from hyperlora.models import base as base_models
 from hyperlora.models import families, weights
 from hyperlora.models.base import BaseModel
+from hyperlora.models.embedders import Embedder
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = 4  # of a step, however many processes there are
@@ -39,7 +41,7 @@ def get_config(table=''):
     """
     if table:
         config = test_reconstruction.settings(table)
-        config.optimizer.steps = config.data.steps = 6
+        config.optimizer.steps = 6
         config.groups = ROWS
         return config
     config = tiny_training()
@@ -144,6 +146,24 @@ def succeed(processes, code=0):
     codes, outputs = zip(*finish(processes), strict=True)
     assert set(codes) == {code}, '\n'.join(outputs)
     return outputs
+
+
+def test_two_processes_answer_while_they_build_data(base_folder, tmp_path, monkeypatch):
+    """As for `data.gibberish` of tasks: each is to see all answers and embeddings."""
+    monkeypatch.setenv('ASKS', '1')
+    told = [
+        re.findall('^answers .*', output, re.M)
+        for output in succeed(start(2, base_folder, tmp_path / 'run'))
+    ]
+    assert told == [[f'answers {answers(tiny_base())}']] * 2
+
+
+def answers(base):
+    """What a base model says to some prompts, and how it embeds them."""
+    prompts = [base.tokenizer.prompt(text) for text in ('Who?', 'Why is it so?', 'When?')]
+    embed = functools.partial(Embedder, 'base', base.config, base.params, 'last', 64)
+    vectors = embed(base.tokenizer.encode, base.fingerprint).embed(prompts)
+    return generation.answer_tokens(base, prompts, 6), (vectors.round(2) + 0.0).tolist()
 
 
 def test_two_processes_are_one(alone, base_folder, tmp_path):
@@ -336,6 +356,14 @@ def main():
             import of_an_extra  # noqa: F401
         return load_tiny(*args)
 
+    build = data.build
+
+    def ask_and_build(config, base, *args):
+        if os.environ.get('ASKS'):
+            print('answers', answers(base), flush=True)
+        return build(config, base, *args)
+
+    data.build = ask_and_build
     meta_learning.load_base = load
     meta_learning.Progress.update = slow_update
     meta_learning.Checkpointer.save = talkative_save

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import CharTokenizer, tiny_base, tiny_training
+from ml_collections import ConfigDict
 
 from configs import eval_niah
 from d2l import build, evaluation, inspection, internalize
@@ -32,6 +33,13 @@ def model():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape, np.float32), params)
     return Trained(config, base, built, params)
+
+
+@pytest.mark.parametrize('length', [0, 'long', None])
+def test_a_config_that_does_not_say_how_documents_are_cut(model, length):
+    config = ConfigDict({**model.config.to_dict(), 'chunk_length': length})
+    with pytest.raises(UserError, match=f'chunk_length in the config of .* is {length!r}'):
+        Internalizer(dataclasses.replace(model, config=config))
 
 
 def document(seed, sentences=12):
@@ -100,7 +108,7 @@ def test_another_model_may_read_the_documents(monkeypatch):
             return super().encode(text.upper())
 
     reader = dataclasses.replace(tiny_base(1), tokenizer=Shouting(), fingerprint='reader')
-    monkeypatch.setattr(build, 'load_encoder', lambda *_: reader)
+    monkeypatch.setattr(build, 'load_base', lambda *_, **__: reader)
     built = hypernetwork.build(config.hypernetwork, base)
     assert built.encoder is reader
     params = nn.unbox(jax.jit(built.init)(jax.random.key(0), reader.params))

@@ -227,6 +227,15 @@ def test_concatenate_adds_deltas_of_any_scaling():
     assert_same_delta(dense(joined), wanted, atol=5e-5)
 
 
+def test_concatenate_keeps_the_dtype():
+    one, two = (
+        jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_lora(seed, scaling=scaling).pairs)
+        for seed, scaling in ((0, 0.5), (1, 2.0))
+    )
+    joined = lora_lib.concatenate(lora_lib.Lora(one, 0.5), lora_lib.Lora(two, jnp.float32(2)))
+    assert {x.dtype.name for x in jax.tree.leaves(joined.pairs)} == {'bfloat16'}
+
+
 def test_concatenate_shares_a_single_row():
     many, shared = random_lora(0, rows=3), random_lora(1)
     joined = lora_lib.concatenate(many, shared)
@@ -251,7 +260,7 @@ def test_scale_and_fold():
 
 
 def test_norms_are_those_of_the_deltas():
-    lora = random_lora(0, rows=2)
+    lora = random_lora(0, rows=2, scaling=-0.7)
     found = lora_lib.norms(lora)
     for row in range(2):
         for name, delta in dense(lora, row).items():

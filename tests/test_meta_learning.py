@@ -201,6 +201,20 @@ def test_decay_spares_norms_queries_scalers_and_the_shared_lora(tiny):
     }
 
 
+def test_the_optimizer_decays_and_clips():
+    config = tiny_training().optimizer
+    config.update(warmup_steps=0, learning_rate=0.5, weight_decay=0.1, clip_norm=1.0, b1=0.75)
+    optimizer = meta_learning.make_optimizer(config)
+    params = {'kernel': jnp.ones(2), 'scale': jnp.ones(2)}
+    state = optimizer.init(params)
+    update, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    np.testing.assert_allclose(update['kernel'], -0.5 * 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(update['scale'], 0)
+    _, state = optimizer.update(jax.tree.map(lambda x: 50 * x, params), state, params)
+    moments = optax.tree.get(state, 'mu')
+    assert float(optax.tree.norm(moments)) == pytest.approx(1 - 0.75, rel=1e-5)
+
+
 def test_learning_rate_warms_up_and_decays():
     optimizer = tiny_training().optimizer
     optimizer.update(
@@ -267,6 +281,18 @@ def test_training_reports_and_saves(straight):
     assert checkpoints_of(workdir) == [4, 6]  # the last two
 
 
+def test_a_report_is_the_mean_since_the_last(straight, tmp_path):
+    config = tiny_training()
+    config.log_every = 3
+    meta_learning.train(config, str(tmp_path))
+    each, lines = metrics_of(straight[0]), metrics_of(tmp_path)
+    ends = [line['step'] for line in lines]  # a report also comes with every checkpoint
+    assert ends == [2, 3, 4, 6]
+    for start, line in zip([0, *ends], lines, strict=False):
+        wanted = np.mean([one['loss'] for one in each[start : line['step']]])
+        assert line['loss'] == pytest.approx(wanted, rel=1e-6)
+
+
 def test_a_shape_is_compiled_once(straight):
     config = tiny_training()
     batches = data.build(config.data, tiny_base(), tiny_base(), config.seed, 1, 1)
@@ -279,8 +305,8 @@ def stop_at(monkeypatch, step):
     """Sends SIGTERM to this process at the end of a step."""
     update = meta_learning.Progress.update
 
-    def patched(self, now, rows):
-        update(self, now, rows)
+    def patched(self, now):
+        update(self, now)
         if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -387,7 +413,20 @@ def test_unknown_parts_are_refused(tmp_path, part, name, message):
         ({'groups': 0}, 'config.groups must be positive, not 0'),
         ({'accumulate': 0}, 'config.accumulate'),
         ({'remat': 'ful'}, "unknown config.remat 'ful'; known: none, "),
-        ({'optimizer': {'steps': 7}}, 'the data have 6 steps, the training 7: set config.data.st'),
+        (
+            {'hypernetwork': {'shape': {'remat': 'ful'}}},
+            "unknown config.hypernetwork.shape.remat 'ful'; known: none, ",
+        ),
+        ({'hypernetwork': {'dtype': 'float33'}}, "unknown dtype 'float33' of the hypernetwork"),
+        ({'seed': -1}, 'config.seed cannot be -1'),
+        ({'chunk_length': 0}, 'config.chunk_length cannot be 0'),
+        (
+            {'optimizer': {'learning_rate': -1e-3}},
+            'config.optimizer.learning_rate cannot be -0.001',
+        ),
+        ({'optimizer': {'clip_norm': float('nan')}}, 'config.optimizer.clip_norm cannot be nan'),
+        ({'optimizer': {'b2': 1.0}}, 'config.optimizer.b2 cannot be 1.0'),
+        ({'optimizer': {'steps': 7}}, 'the data have 6 steps, the training 7: set config.optimi'),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(tmp_path, change, message):
@@ -595,6 +634,13 @@ def compare_meshes(workdir):
         assert int(trained.step) == 3
         lines.append(metrics_of(folder))
     for one, two in zip(*lines, strict=True):
+        assert one == pytest.approx(two, rel=1e-3)
+
+    # It goes on with this mesh from what was saved with another.
+    other = pathlib.Path(workdir, '1')
+    shutil.rmtree(other / 'checkpoints' / '3')
+    meta_learning.train(config, str(other))
+    for one, two in zip(metrics_of(other), lines[0], strict=True):
         assert one == pytest.approx(two, rel=1e-3)
     print('all meshes agree')
 

@@ -1,5 +1,6 @@
 """metrics.jsonl across kills and resumes, TensorBoard events, progress."""
 
+import contextlib
 import io
 import json
 import pathlib
@@ -13,7 +14,7 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from hyperlora import metrics
-from hyperlora.errors import UserError
+from hyperlora.errors import Outage, UserError
 from hyperlora.evaluation import plots, record
 
 
@@ -77,12 +78,38 @@ def test_a_url_receives_copies_and_gives_them_back(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_named(tmp_path):
-    writer = metrics.MetricWriter(tmp_path)
+    """Also when what could not be written is tried again at the end."""
+    message = 'metrics.jsonl: cannot write .File too large.: make room'
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(UserError, match=message), contextlib.ExitStack() as at_end:
+            writer = metrics.MetricWriter(tmp_path)
+            at_end.callback(writer.close)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+            with pytest.raises(UserError, match=message):
+                writer.write(1, {'loss': 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_bucket_that_fails_may_be_back_later(tmp_path, monkeypatch):
+    class Bucket(type(tmp_path)):
+        def write_bytes(self, data):
+            raise OSError('503')
+
+    monkeypatch.setattr(metrics.epath, 'Path', lambda url: Bucket(tmp_path))
+    writer = metrics.MetricWriter('gs://bucket')
+    writer.write(1, {'loss': 2.0})
+    with pytest.raises(Outage, match='metrics.jsonl: cannot write .503.: start again'):
+        writer.close()
+
+
+def test_plots_on_a_full_disk(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
-        with pytest.raises(UserError, match='metrics.jsonl: cannot write .* make room'):
-            writer.write(1, {'loss': 2.0})
+        with pytest.raises(UserError, match='a.png: cannot write .File too large.: make room'):
+            plots.layers(tmp_path / 'a.png', {'q_proj': [0.1, 0.2]}, 'norm', 'Title')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -99,14 +126,14 @@ def test_progress_leaves_out_the_first_step(monkeypatch):
     monkeypatch.setattr(time, 'monotonic', lambda: now)
     progress = metrics.Progress(total_steps=110, start_step=10)
     now = 1000.0  # The compilation.
-    progress.update(11, rows=8)
+    progress.update(11)
     assert progress.rates() == {}
     assert progress.line(1.5) == 'step 11/110  loss 1.5000'
     now = 1002.0
     for step in (12, 13, 14, 15):
-        progress.update(step, rows=8)
-    assert progress.rates() == {'steps_per_second': 2.0, 'rows_per_second': 16.0}
-    assert progress.line(1.25) == 'step 15/110  loss 1.2500  2.00 steps/s  16.0 rows/s  ETA 0:00:48'
+        progress.update(step)
+    assert progress.rates() == {'steps_per_second': 2.0}
+    assert progress.line(1.25) == 'step 15/110  loss 1.2500  2.00 steps/s  ETA 0:00:48'
 
 
 def test_progress_forgets_how_fast_an_earlier_stage_was(monkeypatch):
@@ -115,8 +142,8 @@ def test_progress_forgets_how_fast_an_earlier_stage_was(monkeypatch):
     progress = metrics.Progress(total_steps=100, window=2)
     for step, pause in enumerate([1, 1, 1, 4, 4], start=1):
         now += pause
-        progress.update(step, rows=2)
-    assert progress.rates() == {'steps_per_second': 0.25, 'rows_per_second': 0.5}
+        progress.update(step)
+    assert progress.rates() == {'steps_per_second': 0.25}
 
 
 def test_plots_are_shown_in_tensorboard(tmp_path):

@@ -226,7 +226,7 @@ def test_a_document_of_one_token_teaches_nothing(monkeypatch, model, reader, tmp
 
 
 def test_answers_are_those_of_the_loras(monkeypatch, model, reader, data, tmp_path):
-    methods = ('d2l', 'd2l_other', 'no_context', 'untuned_in_context', 'in_context')
+    methods = ('d2l', 'd2l_other', 'no_context', 'in_context')
     config = config_of(data, methods=methods, reader='reader', limit=2)
     metrics = run(monkeypatch, model, reader, config, tmp_path / 'out')
     tokenizer, found = model.base.tokenizer, metrics['documents']['d0']['methods']
@@ -243,7 +243,6 @@ def test_answers_are_those_of_the_loras(monkeypatch, model, reader, data, tmp_pa
         tokenizer.prompt(f'{TEXT.format(0)}\n\n{text}') for text in ('Cats?', 'Who has a car?')
     ]
     assert found['in_context']['answers'] == answer(model.base, with_text, 6, read)
-    assert found['untuned_in_context']['answers'] == answer(model.base, with_text, 6)
     assert found['d2l']['costs']['kept_bytes'] == own.nbytes
 
 
@@ -313,6 +312,10 @@ def test_retrieval_takes_the_chunk_that_fits(model):
         ({'data': ''}, 'name the documents as READER,PATH'),
         ({'data': 'missing.jsonl'}, 'cannot read it'),
         ({'methods': ('d2l_other',), 'limit': 1}, 'needs a second document'),
+        ({'steps': ('abc',)}, 'steps must be positive numbers that rise'),
+        ({'methods': ()}, 'no methods are chosen; known: no_context'),
+        ({'data': 'squad,'}, "name the documents as squad,PATH, not 'squad,'"),
+        ({'data': 'facts'}, "name the documents as facts,COUNT,SPLIT,FACTS, not 'facts'"),
         ({'steps': (2, 1)}, 'steps must be positive numbers that rise'),
         ({'retrieved_tokens': 0}, 'retrieved_tokens must be a positive number'),
         ({'generated_questions': 0}, 'generated_questions must be a positive number'),
@@ -352,6 +355,10 @@ def test_documents_together(monkeypatch, model, data, tmp_path):
     composition.evaluate(config, 'x', tmp_path)
     again = json.loads((tmp_path / 'metrics.json').read_text())
     assert len(read) == 1 and again['f1'].keys() == {'1', '2'}
+    config.counts = ('abc',)
+    with pytest.raises(UserError, match='counts, others and max_new_tokens must be positive'):
+        composition.evaluate(config, 'x', tmp_path / 'other')
+    config.counts = (1, 2)
     for wanted, message in (
         (3, 'cannot be divided into groups of 1, 2: change'),
         (4, 'has 3 documents with questions; 5 are needed'),

@@ -23,7 +23,7 @@ from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
 from hyperlora import lora, meta_learning, sharding, trained
 from hyperlora.errors import UserError
 from hyperlora.models import base as base_models
-from hyperlora.models import families, weights
+from hyperlora.models import families, quantization, weights
 from hyperlora.models.decoder import Decoder, first_layers
 from hyperlora.models.quantization import quantize
 
@@ -212,6 +212,20 @@ def test_kernels_in_bfloat16():
         for other in (wanted, exact):  # inputs are rounded too, so neither is met exactly
             error = np.linalg.norm(ours - other) / np.linalg.norm(other)
             assert 1e-4 < error < 0.02, error
+
+
+def test_products_in_bfloat16_sum_in_f32():
+    rng = np.random.default_rng(0)
+    x, w, slope = (rng.standard_normal(s, np.float32) for s in ((8, 300), (300, 5), (8, 5)))
+    w = jnp.asarray(w, jnp.bfloat16)
+    ours, back = jax.vjp(lambda x: quantization.product(jnp.matmul, x, w), x)
+
+    def exact(a, b):
+        return np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64) @ np.asarray(b, np.float64)
+
+    for found, wanted in ((ours, exact(x, w)), (back(slope)[0], exact(slope, w.T))):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_the_backward_pass_keeps_no_dequantized_weights():

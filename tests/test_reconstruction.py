@@ -62,8 +62,7 @@ def settings(table, variant='reconstruction', **shape):
     )
     config.groups = 3
     config.log_every, config.checkpoint_every = 1, 15
-    config.optimizer.steps = config.data.steps = 30
-    config.optimizer.warmup_steps, config.optimizer.learning_rate = 2, 1e-2
+    config.optimizer.update({'steps': 30, 'warmup_steps': 2, 'learning_rate': 1e-2})
     return config
 
 
@@ -114,8 +113,8 @@ def test_training_towards_loras(base, tmp_path, monkeypatch):
     half = tmp_path / 'half'
     update = meta_learning.Progress.update
 
-    def preempt(self, step, rows):
-        update(self, step, rows)
+    def preempt(self, step):
+        update(self, step)
         if step == 20:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -91,7 +91,7 @@ def test_adapters_of_different_modules_add_up(session):
 
     merged = lora.merge(lora.merge(base.params, one), lora.scale(two, 0.5))
     np.testing.assert_allclose(hidden(base.params, both.lora), hidden(merged), atol=1e-4)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match='zip'):
         session.compose(one, two, scales=(1.0,))
     without = session.compose(one, two, scales=(0, 1))
     np.testing.assert_allclose(

@@ -480,6 +480,25 @@ def test_noise_and_dropout_follow_the_key(original):
     assert loss(noisy) == loss(plain)
 
 
+def test_noise_is_as_large_as_neftune_says(original):
+    _, parts, params, frozen, batch = original
+    noises = []
+
+    class Spy(Decoder):
+        def __call__(self, *args, noise=None, **kwargs):
+            noises.append(noise)
+            return super().__call__(*args, noise=noise, **kwargs)
+
+    plain = learner(parts, 0.0)
+    noisy = dataclasses.replace(plain, neftune=5.0, decoder=Spy(plain.decoder.config))
+    noisy.loss(params, frozen, batch, jax.random.key(0))
+    noisy.loss(params, frozen, batch)
+    (noise, none) = noises
+    assert none is None
+    _, tokens, width = noise.shape
+    assert 0.98 < float(jnp.abs(noise).max()) * (tokens * width) ** 0.5 / 5 <= 1
+
+
 # ------------------------------------------------------------------------------ plain LoRAs
 
 

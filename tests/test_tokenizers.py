@@ -37,6 +37,11 @@ def test_known_ids(tokenizer, fields):
     assert tokenizer.eos_id == tokens.index('<|im_end|>') == 2
 
 
+def test_half_a_character_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"half a character, .*'caf\\udce9'"):
+        tokenizer.encode('caf\udce9')
+
+
 def test_digits_are_split_one_by_one(tokenizer):
     ids = tokenizer.encode('in 2024')
     assert [tokenizer.decode([i]) for i in ids] == ['in', ' ', '2', '0', '2', '4']

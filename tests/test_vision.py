@@ -240,23 +240,22 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_load_multimodal(folder, params):
-    model = base.load_multimodal(str(folder))
+def test_load_a_model_that_reads_images(folder, params):
+    load = functools.partial(base.load_base, images=True)
+    model = load(str(folder))
     assert model.config == CONFIG
     assert model.images == ImageProcessor(28)
     jax.tree.map(np.testing.assert_array_equal, model.params, params)
     mesh = sharding.make_mesh({'fsdp': -1})
-    placed = base.load_multimodal(str(folder), 'bfloat16', mesh)
+    placed = load(str(folder), 'bfloat16', mesh)
     kernel = placed.params['vision_tower']['layers']['mlp']['fc1']['kernel']
     assert kernel.sharding.spec == jax.P(None, 'fsdp', 'tensor')
     assert kernel.dtype == 'bfloat16'
     assert placed.fingerprint == model.fingerprint
     (folder / 'preprocessor_config.json').write_text('{"image_mean": [0, 0.1, 0.2]}')
-    assert base.load_multimodal(str(folder)).images.mean == (0, 0.1, 0.2)
-    with pytest.raises(UserError, match="'llama' reads no images"):
-        base.load_multimodal(str(GOLDEN / 'hf_llama'))
-    with pytest.raises(UserError, match='config.json'):
-        base.load_multimodal(str(folder / 'none'))
+    assert load(str(folder)).images.mean == (0, 0.1, 0.2)
+    with pytest.raises(UserError, match='unknown base model'):
+        load(str(folder / 'none'))
 
 
 def test_load_its_decoder_as_base(folder, params):

