@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from d2l import chunking, distillation, docs, documents
+from d2l import chunking, distillation, document_groups, documents
 from d2l.documents import Document
 from d2l.fitting import Fitter, text_rows
 from d2l.internalize import Internalizer
@@ -212,10 +212,12 @@ class Methods:
         )
         rows = []
         for known in found:
-            numbers = [[i] for i in range(len(known.queries)) if docs.fit(shape, known, [i])]
+            numbers = [
+                [i] for i in range(len(known.queries)) if document_groups.fit(shape, known, [i])
+            ]
             numbers += [[]] * (-len(numbers) % 4)  # few shapes
-            rows = [docs.row_of(shape, known, row) for row in numbers]
-        known = docs.join(rows)['query'] if rows else None
+            rows = [document_groups.row_of(shape, known, row) for row in numbers]
+        known = document_groups.join(rows)['query'] if rows else None
         yield from self._fitted(label, self._distil, start, known)
 
     def _fitted(

@@ -26,7 +26,7 @@ flags.mark_flags_as_required(['config', 'workdir'])
 _EVALUATIONS = {
     'eval_composition': ('d2l.composition', 'smollm2-docs'),
     'eval_images': ('d2l.image_qa', 'smollm2-images'),
-    'eval_niah': ('d2l.evaluation', 'smollm2-niah'),
+    'eval_niah': ('d2l.niah_evaluation', 'smollm2-niah'),
     'eval_qa': ('d2l.qa', 'smollm2-docs'),
     'eval_t2l': ('t2l.evaluation', 'smollm2-t2l'),
 }

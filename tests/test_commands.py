@@ -18,7 +18,7 @@ from test_reconstruction import write_table
 
 from configs import d2l_niah
 from configs import t2l as t2l_config
-from d2l import distillation, evaluation, haystacks, prompts, records
+from d2l import distillation, haystacks, niah_evaluation, prompts, records
 from d2l.internalize import Internalizer
 from d2l.niah import NEEDLE, QUESTION, Writer, random_numbers
 from hyperlora import (
@@ -672,7 +672,7 @@ def test_evaluate_equals_a_direct_computation(command, checkpoint, base, tmp_pat
             ):
                 answer = generation.answer(base, [prompt], 16, used)[0]
                 right[method].append(answer.strip() == number)
-                named[method].append(evaluation.right_number(answer, number))
+                named[method].append(niah_evaluation.right_number(answer, number))
         assert metrics['exact_match'][str(length)] == {m: np.mean(r) for m, r in right.items()}
         assert metrics['right_number'][str(length)] == {m: np.mean(r) for m, r in named.items()}
         assert metrics['counts'][str(length)] == dict.fromkeys(right, 2)
@@ -687,9 +687,9 @@ def test_evaluate_equals_a_direct_computation(command, checkpoint, base, tmp_pat
 
 def test_the_right_number_may_stand_in_a_sentence():
     for answer in ('1234', ' The special magic number is 1234.'):
-        assert evaluation.right_number(answer, '1234')
+        assert niah_evaluation.right_number(answer, '1234')
     for answer in ('', '12345', '1234 or 1235', 'It is 123.'):
-        assert not evaluation.right_number(answer, '1234')
+        assert not niah_evaluation.right_number(answer, '1234')
 
 
 def test_an_interrupted_evaluation_continues(command, checkpoint, base, tmp_path, monkeypatch):
@@ -711,7 +711,7 @@ def test_an_interrupted_evaluation_continues(command, checkpoint, base, tmp_path
             ]
             return [f' {n} ' if i < 10 else n + '!' for i, n in enumerate(numbers)]
 
-    monkeypatch.setattr(evaluation, 'Answerer', Reader)
+    monkeypatch.setattr(niah_evaluation, 'Answerer', Reader)
 
     def run(**extra):
         return command(

@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 
 from configs import d2l_docs
 from configs import documents as documents_config
-from d2l import distillation, docs, documents, passages, reading, records
+from d2l import distillation, document_groups, documents, passages, reading, records
 from d2l.distillation import Settings, Teacher
-from d2l.docs import DocumentGroups
+from d2l.document_groups import DocumentGroups
 from d2l.documents import Document, Question
 from d2l.records import Query, Record, Records
 from hyperlora import lora, meta_learning, objectives, sharding
@@ -669,12 +669,14 @@ def test_groups(tmp_path, kind):
     assert len(shapes) == 6  # one shape in a step
     assert len({shape for _, shape in shapes}) > 1
     assert {count for _, (_, _, count) in shapes} == {2, 4}
-    largest = jax.tree.map(lambda x: x.shape, docs.example(config, None, None))
+    largest = jax.tree.map(lambda x: x.shape, document_groups.example(config, None, None))
     assert largest['context']['tokens'] == (8, 4)
     assert largest['query']['tokens'] == (4, 16)
     assert ('teacher' in largest) == (kind == 'online')
     config.group_tokens = 1  # a document alone: the longest
-    assert docs.example(config, None, None)['context']['tokens'].size == max(config.context_tokens)
+    assert document_groups.example(config, None, None)['context']['tokens'].size == max(
+        config.context_tokens
+    )
 
 
 def test_all_documents_have_the_same_odds(tmp_path):
@@ -749,17 +751,17 @@ def test_generated_answers_need_an_opinion(tmp_path, tiny):
     folder = write_records(tmp_path / 'a', [record(entries=0)], tiny, settings)
     config = ConfigDict({**CONFIG, 'records': str(folder)})
     with pytest.raises(UserError, match='holds no log-probabilities'):
-        docs.build(config, tiny, tiny, 0, 1)
+        document_groups.build(config, tiny, tiny, 0, 1)
     config.teacher = 'online'
-    docs.build(config, tiny, tiny, 0, 1)
+    document_groups.build(config, tiny, tiny, 0, 1)
     with pytest.raises(UserError, match='holds contexts for the encoder .*, not for other'):
-        docs.build(config, tiny, dataclasses.replace(tiny, fingerprint='other'), 0, 1)
+        document_groups.build(config, tiny, dataclasses.replace(tiny, fingerprint='other'), 0, 1)
 
 
 def test_an_answer_without_an_opinion_is_certain():
     """Distillation is then cross-entropy."""
     known = record(queries=3, entries=0)
-    row = docs.row_of(CONFIG, known, [0, 2])['query']
+    row = document_groups.row_of(CONFIG, known, [0, 2])['query']
     assert row['label_weights'].sum() == pytest.approx(1)
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((1, 8, 128)), jnp.float32)
     there = row['label_weights'] > 0

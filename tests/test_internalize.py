@@ -12,7 +12,7 @@ from conftest import CharTokenizer, tiny_base, tiny_training
 from ml_collections import ConfigDict
 
 from configs import eval_niah
-from d2l import build, evaluation, inspection, internalize
+from d2l import build, inspection, internalize, niah_evaluation
 from d2l.internalize import Answerer, Internalizer, Question
 from hyperlora import hypernetwork, trained
 from hyperlora.errors import UserError
@@ -149,13 +149,13 @@ def test_needles_are_hidden_in_the_tokens_of_the_reader(model, tmp_path, monkeyp
         return [''] * len(prompts)
 
     monkeypatch.setattr(trained, 'load', lambda *_, **__: other)
-    monkeypatch.setattr(evaluation, 'Answerer', Reader)
-    monkeypatch.setattr(evaluation, 'answer', answers)
-    monkeypatch.setattr(evaluation, 'answer_in_batches', answers)
-    monkeypatch.setattr(evaluation, 'QUESTION', 'N?')
+    monkeypatch.setattr(niah_evaluation, 'Answerer', Reader)
+    monkeypatch.setattr(niah_evaluation, 'answer', answers)
+    monkeypatch.setattr(niah_evaluation, 'answer_in_batches', answers)
+    monkeypatch.setattr(niah_evaluation, 'QUESTION', 'N?')
     config = eval_niah.get_config()
     config.update({'lengths': (64,), 'examples': 2, 'baseline_examples': 2})
-    evaluation.evaluate(config, 'x', tmp_path)
+    niah_evaluation.evaluate(config, 'x', tmp_path)
     assert len(read) == 2 and all('magic number is' in text for text in read)
     assert asked[1:] == [f'{text}\n\nN?' for text in read]
 

@@ -22,7 +22,7 @@ from hyperlora.models.base import BaseModel
 # encoder) -> one of the largest groups, its labels made up.
 _MODULES = {
     'captions': 'd2l.captions',
-    'documents': 'd2l.docs',
+    'documents': 'd2l.document_groups',
     'niah': 'd2l.niah',
     'readings': 'd2l.reading',
     'reconstruction': 't2l.reconstruction',
