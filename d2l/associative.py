@@ -194,7 +194,7 @@ class _Block(nn.Module):
         attention = nn.MultiHeadDotProductAttention(
             self.num_heads, force_fp32_for_softmax=True, name='attention'
         )
-        x += attention(y, mask=mask[:, None, None])
+        x += attention(y, mask=mask[:, None, None]).astype(x.dtype)
         y = nn.LayerNorm(name='mlp_norm')(x)
         y = nn.silu(dense(4 * width, ('latent', 'mlp'), 'up', use_bias=True)(y))
         return x + dense(width, ('mlp', 'latent'), 'down', use_bias=True)(y)

@@ -257,7 +257,8 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     """
     names = methods_of(config.methods, METHODS)
     steps = config.steps
-    if not all(isinstance(n, int) and n > 0 for n in steps) or list(steps) != sorted(set(steps)):
+    positive = steps and all(isinstance(n, int) and n > 0 for n in steps)
+    if not positive or list(steps) != sorted(set(steps)):
         raise UserError(f'steps must be positive numbers that rise, not {config.steps}')
     for key in (
         'truncated_tokens',

@@ -119,7 +119,7 @@ class Record:
 
 # What reading a damaged archive raises.
 _DAMAGE = (
-    *(EOFError, IndexError, KeyError, NotImplementedError, OSError, ValueError),
+    *(EOFError, IndexError, KeyError, OSError, RuntimeError, ValueError),
     *(zipfile.BadZipFile, zlib.error),
 )
 

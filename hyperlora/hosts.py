@@ -158,7 +158,8 @@ def check_shared(directory: epath.PathLike) -> None:
     """Checks that all processes see one and the same directory.
 
     Raises:
-      UserError: one does not see what the first wrote there, or the first cannot write.
+      UserError: one does not see what the first wrote there, or the first cannot write (Outage if
+        it is a bucket).
     """
     if jax.process_count() == 1:
         return
@@ -168,7 +169,8 @@ def check_shared(directory: epath.PathLike) -> None:
         try:
             path.write_text(token)
         except OSError as error:
-            raise UserError(f'{name()} cannot write to {directory} ({error})') from error
+            kind = Outage if '://' in str(directory) else UserError
+            raise kind(f'{name()} cannot write to {directory} ({error})') from error
     token = exchange(token)[0]
     deadline = time.monotonic() + VISIBLE_AFTER
     while not (seen := _holds(path, token)) and time.monotonic() < deadline:
@@ -179,7 +181,8 @@ def check_shared(directory: epath.PathLike) -> None:
     if blind:
         raise UserError(
             f'{directory} is not shared: {", ".join(map(name, blind))} cannot see there what '
-            f'{name(0)} wrote. Use a folder on a disk that all hosts mount, or a gs:// URL'
+            f'{name(0)} wrote. Use a folder on a disk that all hosts mount (of a training, a gs:// '
+            'URL will do too)'
         )
 
 

@@ -84,6 +84,8 @@ class MetricWriter:
     def _writing(self):
         try:
             yield
+        except (UserError, Outage):  # of `flush`, in `close`
+            raise
         except Exception as error:  # gcsfs passes on those of its HTTP library
             kind, remedy = (Outage, '') if self._url else (UserError, 'make room there, then ')
             where = self._url / 'metrics.jsonl' if self._url else self._file.name

@@ -96,7 +96,11 @@ def writable_folder(path) -> str:
     except ImportError as error:
         raise UserError(f"{path}: needs gcsfs: pip install 'hyperlora[gcs]'") from error
     except Exception as error:  # gcsfs passes on those of its HTTP and credentials libraries
-        mistake = isinstance(error, FileNotFoundError | PermissionError)
+        mistake = (
+            isinstance(error, FileNotFoundError | PermissionError | ValueError)
+            or getattr(error, 'code', None) in (400, 401, 403)
+            or str(error).startswith('Forbidden')
+        )
         raise (UserError if mistake else Outage)(
             f'{path}: cannot write there ({error or type(error).__name__}); check that the bucket '
             'exists and that this machine may write to it'

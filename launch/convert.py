@@ -15,8 +15,8 @@ _SOURCE = flags.DEFINE_string(
 )
 _BASE = flags.DEFINE_string('base', None, 'The base model that it is for.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to write.', required=True)
-_ENCODER = flags.DEFINE_string('encoder', '', 'Model that reads the documents, if not the base.')
-_EMBEDDER = flags.DEFINE_string('embedder', '', 'Model that embeds descriptions, if not the base.')
+_ENCODER = flags.DEFINE_string('encoder', None, 'Model that reads the documents, if not the base.')
+_EMBEDDER = flags.DEFINE_string('embedder', None, 'Model that embeds tasks, if not the base.')
 _DTYPE = flags.DEFINE_enum(
     'dtype', 'bfloat16', ['bfloat16', 'float32'], 'In which the frozen models will be run.'
 )
@@ -26,7 +26,7 @@ def main(_):
     from hyperlora import checkpointing, upstream
 
     params, record = upstream.convert(
-        _SOURCE.value, _BASE.value, _ENCODER.value, _EMBEDDER.value, _DTYPE.value
+        _SOURCE.value, _BASE.value, _ENCODER.value or '', _EMBEDDER.value or '', _DTYPE.value
     )
     output = cli.writable_directory(_OUTPUT.value)
     checkpointing.export(output, params, record, dtype='float32')

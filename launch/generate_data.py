@@ -3,7 +3,7 @@
     python -m launch.generate_data --config=configs/documents.py:squad,FILE --output=DIR
 
 Goes on after the last whole file when it was interrupted. Of several processes (`--distributed`)
-each writes every n-th file, on its own devices.
+each writes every n-th file of a folder that they share, on its own devices.
 """
 
 import time
@@ -76,7 +76,9 @@ def generate():
             records.check_meta(path, meta)
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
     base = load_base(config.base, config.base_dtype, mesh, config.base_quantization)
-    encoder = load_base(config.encoder, config.base_dtype, mesh) if config.encoder else base
+    encoder = base
+    if config.encoder:
+        encoder = load_base(config.encoder, config.base_dtype, mesh, images=True)
     made_with = {
         **meta,
         'base_fingerprint': base.fingerprint,

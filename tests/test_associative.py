@@ -57,6 +57,19 @@ def generate(model, tokens, room=0):
     return model.hypernetwork.generate(model.params, tiny_base().params, context)
 
 
+def test_it_computes_in_bfloat16(model):
+    low = dataclasses.replace(model.hypernetwork, dtype=jnp.bfloat16)
+    wanted, ours = (
+        generate(dataclasses.replace(model, hypernetwork=built), [5, 6, 7, 8])
+        for built in (model.hypernetwork, low)
+    )
+    for exact, rounded in zip(jax.tree.leaves(wanted), jax.tree.leaves(ours), strict=True):
+        if exact.ndim:  # not a scaling
+            assert rounded.dtype == jnp.bfloat16
+            error = np.linalg.norm(exact - rounded.astype(np.float32))
+            assert error < 0.1 * np.linalg.norm(exact)
+
+
 def delta(lora):
     pair = lora.pairs['down_proj']
     return float(lora.scaling) * np.einsum('lgri,lgro->lgio', pair.a, pair.b)

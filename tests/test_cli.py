@@ -172,7 +172,11 @@ def test_writable_folder(tmp_path, monkeypatch):
         assert cli.writable_folder('gs://bucket/run') == str(bucket / 'run')
     assert (bucket / 'run').is_dir() and not list((bucket / 'run').iterdir())
 
-    for error, kind in ((OSError('503'), Outage), (FileNotFoundError('404'), UserError)):
+    for error, kind in (
+        (OSError('503'), Outage),
+        (FileNotFoundError('404'), UserError),
+        (OSError('Forbidden: 403'), UserError),
+    ):
 
         def failing(url, error=error):
             raise error

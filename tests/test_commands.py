@@ -48,7 +48,7 @@ def base():
     """SmolLM2, loaded once for all commands."""
     load = functools.cache(base_models.load_base)
 
-    def noted(name, dtype='float32', mesh=None, quantization='none'):
+    def noted(name, dtype='float32', mesh=None, quantization='none', images=False):
         QUANTIZATIONS.append(quantization)
         return load(name)
 

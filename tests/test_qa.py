@@ -312,6 +312,7 @@ def test_retrieval_takes_the_chunk_that_fits(model):
         ({'data': ''}, 'name the documents as READER,PATH'),
         ({'data': 'missing.jsonl'}, 'cannot read it'),
         ({'methods': ('d2l_other',), 'limit': 1}, 'needs a second document'),
+        ({'steps': ()}, 'steps must be positive numbers that rise'),
         ({'steps': ('abc',)}, 'steps must be positive numbers that rise'),
         ({'methods': ()}, 'no methods are chosen; known: no_context'),
         ({'data': 'squad,'}, "name the documents as squad,PATH, not 'squad,'"),

@@ -202,7 +202,7 @@ def from_hf_state(
         device.
 
     Raises:
-      UserError: tensors are missing, extra, misshapen or not finite; all are named.
+      UserError: tensors are missing, extra, misshapen or not finite; the first are named.
     """
     shapes = {name: tensor.shape for name, tensor in state.items()}
     return _assemble('hf', shapes, lambda n, at: state[n][at], config, dtype, shardings)
@@ -385,7 +385,7 @@ def from_gguf(
 
     Raises:
       UserError: a kind of quantization that cannot be undone, or tensors are missing, extra,
-        misshapen or not finite; all are named.
+        misshapen or not finite; the first are named.
     """
     family = fields['general.architecture']
 
@@ -547,7 +547,7 @@ def compare(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> None:
     """Checks the shapes of tensors by name.
 
     Raises:
-      UserError: tensors are missing, extra or misshapen; all are named.
+      UserError: tensors are missing, extra or misshapen; the first of each are named.
     """
     problems = {
         'missing': [name for name in expected if name not in found],
