@@ -137,7 +137,7 @@ def test_evaluation(model, captioner, package, tmp_path, monkeypatch):  # noqa: 
     with pytest.raises(UserError, match="no picture of the group 'birds'"):
         image_qa.evaluate(config, 'reader', tmp_path)
     for key, value in (('limit', -1), ('batch', 0)):
-        with pytest.raises(UserError, match='limit must not be negative, and batch'):
+        with pytest.raises(UserError, match='limit and seed must not be negative, and batch'):
             image_qa.evaluate(ConfigDict({**config, key: value}), 'reader', tmp_path)
 
 
