@@ -153,13 +153,14 @@ def read_text(path: str, characters: int = 1500) -> Iterator[Document]:
 
 
 def read_tfds(name: str, split: str = 'train', data_dir: str | None = None) -> Iterator[Document]:
-    """A TFDS data set of contexts, questions and answers: squad, or drop.
+    """A TFDS data set of contexts, questions and answers: squad, drop, or the folder of one that
+    `tfds_builder.write_documents` wrote.
 
     Raises:
       UserError: not there, or not of that kind.
     """
     # TFDS shuffles: questions about one context are anywhere.
-    questions: dict[str, list[Question]] = {}
+    questions: dict[tuple[str, str], list[Question]] = {}
     for record in readers.tfds_source(name, split, data_dir):
         try:
             text = (record['context'] if 'context' in record else record['passage']).decode()
@@ -169,9 +170,11 @@ def read_tfds(name: str, split: str = 'train', data_dir: str | None = None) -> I
             )
         except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f'TFDS {name!r} has no contexts with questions ({error})') from error
-        questions.setdefault(text, []).append(question)
-    for number, (text, asked) in enumerate(questions.items()):
-        yield Document(f'{name}/{number}', text, tuple(asked))
+        own = questions.setdefault((record.get('name', b'').decode(), text), [])
+        if question.text or question.answers:
+            own.append(question)
+    for number, ((title, text), asked) in enumerate(questions.items()):
+        yield Document(title or f'{name}/{number}', text, tuple(asked))
 
 
 def read_facts(

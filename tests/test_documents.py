@@ -16,7 +16,15 @@ from ml_collections import ConfigDict
 
 from configs import d2l_docs
 from configs import documents as documents_config
-from d2l import distillation, document_groups, documents, passages, reading, records
+from d2l import (
+    distillation,
+    document_groups,
+    documents,
+    passages,
+    reading,
+    records,
+    tfds_builder,
+)
 from d2l.distillation import Settings, Teacher
 from d2l.document_groups import DocumentGroups
 from d2l.documents import Document, Question
@@ -155,6 +163,22 @@ def test_bad_files(tmp_path, reader, content, message):
     path = write(tmp_path / 'file', content)
     with pytest.raises(UserError, match=message):
         documents.read([{'reader': reader, 'path': path}])
+
+
+def test_documents_as_a_tfds_data_set(tmp_path):
+    # (A question that is not put has an answer.)
+    qas = [Question('Who?', ('Ann', 'Ann B.')), Question('Why?'), Question('', ('said',))]
+    wanted = {
+        'train': [Document('a', 'Same text.', tuple(qas)), Document('b', 'Same text.')],
+        'validation': [Document('c', 'caf\u00e9', (qas[0],))],
+    }
+    folder = tfds_builder.write_documents(wanted, str(tmp_path))
+    for split, own in wanted.items():
+        assert documents.read([documents.source(f'tfds,{folder},{split}')]) == own
+    with pytest.raises(UserError, match='already there'):
+        tfds_builder.write_documents(wanted, str(tmp_path))
+    with pytest.raises(UserError, match="split 'dev'"):
+        documents.read([documents.source(f'tfds,{folder},dev')])
 
 
 def test_tfds(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,12 +42,18 @@ def read(
 def tfds_source(name: str, split: str, data_dir: str | None) -> Sequence[Any]:
     """The records of a TFDS data set.
 
+    Args:
+      name: of a data set, or the folder of one that is prepared.
+
     Raises:
       UserError: not there.
     """
     import tensorflow_datasets as tfds  # slow to import
 
     try:
+        folder = pathlib.Path(name).expanduser()
+        if (folder / 'dataset_info.json').is_file():
+            return tfds.builder_from_directory(folder).as_data_source(split)
         return tfds.data_source(name, split=split, data_dir=data_dir)
     except Exception as error:  # whatever a builder raises where it is not prepared
         raise UserError(
