@@ -3,7 +3,10 @@
 import dataclasses
 import itertools
 import json
+import os
+import pathlib
 import re
+import subprocess
 import sys
 
 import flax.linen as nn
@@ -294,6 +297,21 @@ def test_facts(facts, split):
             assert names and all(name in document.text for name in names), question.text
     lengths = [len(d.questions) for d in documents.read_facts(100, seed=3, split=split)]
     assert set(lengths) == set(range(1, 9))
+
+
+def test_every_process_invents_the_same_facts():
+    code = 'from d2l import documents; print(list(documents.read_facts(60, seed=3)))'
+    found = [
+        subprocess.run(
+            [sys.executable, '-c', code],
+            env={**os.environ, 'PYTHONHASHSEED': str(seed)},
+            cwd=pathlib.Path(__file__).parents[1],
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in (1, 2)
+    ]
+    assert found[0] == found[1] and len(found[0]) > 10_000
 
 
 def test_splits_of_facts(facts, monkeypatch):
