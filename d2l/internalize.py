@@ -115,13 +115,18 @@ class Internalizer:
         pairs = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *(part.pairs for part in parts))
         return kept, Lora(pairs, loras.scaling)
 
-    def __call__(self, document: Sequence[int]) -> Lora:
+    def __call__(
+        self, document: Sequence[int], report: Callable[[float], None] = lambda done: None
+    ) -> Lora:
         """The LoRA of a document, one row: all its chunks along the rank, and the shared LoRA.
+
+        Args:
+          report: see `chunks`.
 
         Raises:
           UserError: the document is empty.
         """
-        return self.with_shared(self.chunks(document))
+        return self.with_shared(self.chunks(document, report))
 
     def with_shared(self, *documents: Lora) -> Lora:
         """LoRAs of `chunks` in one, reconciled if the hypernetwork says how, with the LoRA that all

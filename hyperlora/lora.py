@@ -328,20 +328,21 @@ def compact(lora: Lora) -> Lora:
     limit = max(min(p.a.shape[-1], p.b.shape[-1]) for p in lora.pairs.values())
     if lora.rank <= limit:
         return lora
+    return lora.replace(pairs={name: _dense(pair, limit) for name, pair in lora.pairs.items()})
 
-    @jax.jit
-    def dense(pair: LoraPair) -> LoraPair:
-        layers, rows, _, i = pair.a.shape
-        o = pair.b.shape[-1]
-        delta = jnp.einsum(
-            'lgri,lgro->lgio', pair.a, pair.b, preferred_element_type=jnp.float32
-        ).astype(pair.a.dtype)
-        rank = min(i, o)
-        eye = jnp.broadcast_to(jnp.eye(rank, dtype=delta.dtype), (layers, rows, rank, rank))
-        a, b = (eye, delta) if i <= o else (delta.swapaxes(-1, -2), eye)
-        return LoraPair(*(jnp.pad(x, ((0, 0), (0, 0), (0, limit - rank), (0, 0))) for x in (a, b)))
 
-    return lora.replace(pairs={name: dense(pair) for name, pair in lora.pairs.items()})
+@functools.partial(jax.jit, static_argnames='limit')
+def _dense(pair: LoraPair, limit: int) -> LoraPair:
+    """The delta as one factor, the identity as the other, of rank `limit`."""
+    layers, rows, _, i = pair.a.shape
+    o = pair.b.shape[-1]
+    delta = jnp.einsum(
+        'lgri,lgro->lgio', pair.a, pair.b, preferred_element_type=jnp.float32
+    ).astype(pair.a.dtype)
+    rank = min(i, o)
+    eye = jnp.broadcast_to(jnp.eye(rank, dtype=delta.dtype), (layers, rows, rank, rank))
+    a, b = (eye, delta) if i <= o else (delta.swapaxes(-1, -2), eye)
+    return LoraPair(*(jnp.pad(x, ((0, 0), (0, 0), (0, limit - rank), (0, 0))) for x in (a, b)))
 
 
 def pad_rank(lora: Lora, rank: int) -> Lora:

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -105,13 +105,18 @@ class Session:
 
     # ---- teach
 
-    def internalize(self, text: str) -> Adapter:
+    def internalize(
+        self, text: str, report: Callable[[float], None] = lambda done: None
+    ) -> Adapter:
         """A document -> what the model knows of it afterwards.
+
+        Args:
+          report: hears, as the document is read, which fraction of it is.
 
         Raises:
           UserError: the document is empty.
         """
-        lora = self.internalizer(self.tokens(text))
+        lora = self.internalizer(self.tokens(text), report)
         digest = hashlib.sha256(text.encode()).hexdigest()
         return self._adapter(lora, self._documents, document_sha256=digest)
 

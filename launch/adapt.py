@@ -49,8 +49,17 @@ def main(_):
     if document:
         tokens = model.hypernetwork.encoder.tokenizer.encode(text)
         read = f'{len(tokens)} tokens in {len(session.internalizer.split(tokens))} chunks'
-    start = time.perf_counter()
-    adapter = (session.internalize if document else session.specialize)(text)
+    start = told = time.perf_counter()
+
+    def report(done: float) -> None:
+        nonlocal told
+        now = time.perf_counter()
+        if now - told > 10:
+            told = now
+            left = (now - start) / done * (1 - done)
+            print(f'{done:.0%} read  ETA {left / 60:.1f} min', flush=True)
+
+    adapter = session.internalize(text, report) if document else session.specialize(text)
     seconds = time.perf_counter() - start
     session.save(adapter, output)
     print(
