@@ -313,6 +313,14 @@ def make_plan(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh) -> P
 # ---------------------------------------------------------------------------------- the loop
 
 
+# Settings, by what they must at least be.
+_LEAST = {
+    1: 'groups accumulate log_every checkpoint_every keep_checkpoints chunk_length',
+    0: 'seed neftune optimizer.learning_rate optimizer.end_learning_rate optimizer.warmup_steps '
+    'optimizer.weight_decay optimizer.clip_norm optimizer.b1 optimizer.b2',
+}
+
+
 def check_config(config: ConfigDict) -> None:
     """Checks what is needed before anything is loaded.
 
@@ -324,24 +332,12 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(
                 f'{config.get("name")!r} is no experiment to train: its config has no {part}'
             )
-    for key in ('groups', 'accumulate', 'log_every', 'checkpoint_every', 'keep_checkpoints'):
-        if config[key] < 1:
-            raise UserError(f'config.{key} must be positive, not {config[key]}')
-    optimizer = config.optimizer
-    for name, value, allowed in (
-        ('seed', config.seed, config.seed >= 0),
-        ('chunk_length', length := config.get('chunk_length', 1), length >= 1),
-        ('neftune', config.neftune, 0 <= config.neftune < math.inf),
-        *(
-            (f'optimizer.{key}', optimizer[key], 0 <= optimizer[key] < math.inf)
-            for key in ('learning_rate', 'end_learning_rate', 'warmup_steps', 'weight_decay')
-        ),
-        *((f'optimizer.{key}', optimizer[key], 0 <= optimizer[key] < 1) for key in ('b1', 'b2')),
-        ('optimizer.clip_norm', optimizer.clip_norm, optimizer.clip_norm > 0),
-    ):
-        if not allowed:
-            raise UserError(f'config.{name} cannot be {value}')
-    learning_rate(optimizer)
+    for least, keys in _LEAST.items():
+        for key in keys.split():
+            value = functools.reduce(lambda part, name: part.get(name), key.split('.'), config)
+            if value is not None and not value >= least:  # nor is NaN
+                raise UserError(f'config.{key} must be at least {least}, not {value}')
+    learning_rate(config.optimizer)
     shape = config.hypernetwork.get('shape', {})
     for name, part in (('config', config), ('config.hypernetwork.shape', shape)):
         if (remat := part.get('remat', 'none')) not in REMAT_POLICIES:
