@@ -332,7 +332,7 @@ def test_mistakes(needs_libtpu, tiny_model, command):
     assert_mistake(command('--config.mesh.fsdp=3'), '3 places for 4 devices', 'config.mesh')
     assert_mistake(command('--config.base=gemma9'), 'unknown base model')
     assert_mistake(command('--config.base_dtype=flaot32'), 'unknown dtype', 'flaot32', 'bfloat16')
-    assert_mistake(command('--config.groups=0'), 'config.groups must be positive')
+    assert_mistake(command('--config.groups=0'), 'config.groups must be at least 1')
 
 
 def test_an_experiment_without_a_topology(tiny_model):
