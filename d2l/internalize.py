@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +132,7 @@ class Internalizer:
         """LoRAs of `chunks` in one, reconciled if the hypernetwork says how, with the LoRA that all
         documents share, which counts once."""
         shared = () if self.shared is None else (self.shared,)
-        own = self._reconcile(lora_lib.concatenate(*documents), [lora.rank for lora in documents])
+        own = self._together(documents)
         whole = lora_lib.compact(lora_lib.concatenate(own, *shared))
         return lora_lib.pad_rank(whole, max(whole.rank, 1))  # of a document that says nothing
 
@@ -142,8 +142,7 @@ class Internalizer:
         """The LoRA of a document, one row: all its chunks along the rank, nothing else.
 
         A chunk that occurs k times is encoded once and counted k times. The memory of long
-        documents is bounded: a rank beyond what a delta can have is folded away, exactly. Where
-        chunks are reconciled, it is those of `_MAX_RANK` ranks at a time; beyond, they are summed.
+        documents is bounded.
 
         Args:
           report: hears, as the document is read, which fraction of it is; what it raises ends that.
@@ -153,8 +152,6 @@ class Internalizer:
         """
         counts = collections.Counter(self.split(document))
         chunks = list(counts)
-        step = max(_MAX_RANK // self.rank(chunks), 1)
-        whole: Lora | None = None
         read = 0
 
         def count(more):
@@ -162,17 +159,19 @@ class Internalizer:
             read += more
             report(read / len(chunks))
 
-        for start in range(0, len(chunks), step):
-            kept, loras = self.chunk_loras(chunks[start : start + step], count)
-            weights = jnp.asarray([[counts[c] for c in kept]], jnp.float32)
-            part = lora_lib.fold(*lora_lib.compose(loras, None, 1, weights))
-            part = self._reconcile(part, [loras.rank] * len(kept))
-            whole = lora_lib.compact(part if whole is None else lora_lib.concatenate(whole, part))
-        return whole
+        def parts() -> Iterator[Lora]:
+            step = max(_TOKENS_PER_PASS // max(map(self._padded, chunks)), 1)
+            for start in range(0, len(chunks), step):
+                kept, loras = self.chunk_loras(chunks[start : start + step], count)
+                weights = jnp.asarray([counts[chunk] for chunk in kept], jnp.float32)
+                yield lora_lib.fold(loras, weights[:, None])
 
-    def _reconcile(self, whole: Lora, ranks: Sequence[int]) -> Lora:
+        return self._together(parts())
+
+    def _together(self, parts: Iterable[Lora]) -> Lora:
+        """The LoRAs of chunks or documents, each a row, as one."""
         reconcile = self.trained.hypernetwork.reconcile
-        return reconcile(whole, ranks) if reconcile else whole
+        return reconcile(parts) if reconcile else lora_lib.total(parts, _MAX_RANK)
 
 
 @dataclasses.dataclass(frozen=True)

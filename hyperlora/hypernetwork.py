@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -48,8 +48,8 @@ class Hypernetwork:
         passes its module `iterative` and `min_gate`), one of `embedding` for tasks.
       start: fresh parameters -> those that training starts from; for parameters that come from
         data, such as the statistics of LoRAs to reconstruct.
-      reconcile: (the sum of LoRAs of chunks or documents along the rank, the rank of each) -> one
-        in which they do not disturb each other; None where sums are what was trained.
+      reconcile: LoRAs of chunks or documents, each a row -> one, of one row, in which they do not
+        disturb each other; None where sums are what was trained.
       dtype: that the module computes in. Parameters, their gradients and the optimizer stay f32;
         norms, the softmaxes of attention and the sums of products are f32 in any case.
     """
@@ -59,7 +59,7 @@ class Hypernetwork:
     encode: Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array | None]]
     example: dict[str, jax.Array]
     start: Callable[[Any], Any] = lambda params: params
-    reconcile: Callable[[Lora, Sequence[int]], Lora] | None = None
+    reconcile: Callable[[Iterable[Lora]], Lora] | None = None
     dtype: DTypeLike = jnp.float32
 
     def generate(

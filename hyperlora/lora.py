@@ -14,7 +14,7 @@ a document.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -220,8 +220,27 @@ def compose(
     return lora, weights
 
 
-def reconcile(lora: Lora, ranks: Sequence[int], ridge: float) -> Lora:
-    """Takes the interference out of a sum of LoRAs that lie along the rank, such as documents.
+def total(parts: Iterable[Lora], max_rank: int) -> Lora:
+    """The sum of many LoRAs along the rank.
+
+    Args:
+      parts: every row of each is one of the LoRAs.
+      max_rank: past it the sum so far is folded by `compact`, so that memory does not grow with the
+        number of LoRAs.
+
+    Returns:
+      A Lora of one row.
+    """
+    waiting: list[Lora] = []
+    for part in parts:
+        waiting.append(pack(part, 1))
+        if sum(lora.rank for lora in waiting) > max_rank:
+            waiting = [compact(concatenate(*waiting))]
+    return compact(concatenate(*waiting))
+
+
+def reconcile(parts: Iterable[Lora], ridge: float) -> Lora:
+    """The sum of many LoRAs, such as those of chunks or documents, without their interference.
 
     Each is a linear memory: the rows of its A are keys, and what its delta makes of a key is what
     it has to say there. In the sum the others speak as well. Here B is chosen so that at the keys
@@ -232,58 +251,84 @@ def reconcile(lora: Lora, ranks: Sequence[int], ridge: float) -> Lora:
 
     It is ridge regression, by which MEMIT (arXiv 2210.07229) edits many facts at once, but towards
     the LoRAs' own answers. Of one LoRA it is that LoRA; the larger the ridge, the more it is the
-    sum. By layer as many equations are solved as there are ranks, or i if that is less.
+    sum. With more keys than inputs it is the delta that is solved for,
+
+        (A^T A + ridge) delta = A^T (G' + ridge) B
+
+    whose sides are sums over the LoRAs, so memory does not grow with their number.
 
     Args:
-      lora: of any rows, each of such a sum; layers whose B is zero are left alone.
-      ranks: of each LoRA in it, in their order.
+      parts: every row of each is one of the LoRAs; all adapt the same modules. Layers whose B is
+        zero are left alone.
       ridge: positive.
 
-    Raises:
-      ValueError: the ranks do not add up to that of the sum.
+    Returns:
+      A Lora of one row.
     """
-    if sum(ranks) != lora.rank:
-        raise ValueError(f'ranks {list(ranks)} do not add up to {lora.rank}')
-    if len(ranks) < 2:
-        return lora
-    return lora.replace(
-        pairs={
-            name: pair.replace(b=_reconciled(pair, tuple(ranks), ridge))
-            for name, pair in lora.pairs.items()
-        }
-    )
+    waiting: list[Lora] = []
+    products: dict[str, tuple[jax.Array, jax.Array]] = {}
+    for part in parts:
+        waiting.append(part)
+        keys = sum(lora.rows * lora.rank for lora in waiting)
+        if products or keys > max(pair.a.shape[-1] for pair in part.pairs.values()):
+            for lora in waiting:
+                for name, pair in lora.pairs.items():
+                    products[name] = _products(pair, lora.scaling, ridge, products.get(name))
+            waiting = []
+    if products:
+        deltas = {name: _ridge_solve(*both, ridge)[:, None] for name, both in products.items()}
+        rank = max(min(delta.shape[-2:]) for delta in deltas.values())
+        return Lora({name: _factors(delta, rank) for name, delta in deltas.items()}, jnp.float32(1))
+    if sum(lora.rows for lora in waiting) < 2:
+        return concatenate(*(pack(lora, 1) for lora in waiting))
+    scalings = [lora.scaling for lora in waiting]
+    pairs = {
+        name: _regression([lora.pairs[name] for lora in waiting], scalings, ridge)
+        for name in waiting[0].pairs
+    }
+    return Lora(pairs, jnp.float32(1))
 
 
-@functools.partial(jax.jit, static_argnames='ranks')
-def _reconciled(pair: LoraPair, ranks: tuple[int, ...], ridge: float) -> jax.Array:
-    """B of a module, `[l, g, r, o]`."""
+def _targets(pair: LoraPair, scaling: jax.Array, ridge: float) -> tuple[jax.Array, jax.Array]:
+    """Keys `[l, k, i]` of all rows, those of a row at a mean square of 1, and (G' + ridge) B."""
+    a, b = (x.astype(jnp.float32) for x in (pair.a, pair.b))
+    squares = jnp.square(a).sum(-1, keepdims=True)
+    spoken = jnp.maximum((squares > 0).sum(2, keepdims=True), 1)  # not padding
+    size = jnp.sqrt(squares.sum(2, keepdims=True) / spoken)
+    size = jnp.where(size > 0, size, 1)
+    keys, values = a / size, b * size * scaling
+    wanted = keys @ keys.mT @ values + ridge * values
+    return tuple(x.reshape(x.shape[0], -1, x.shape[-1]) for x in (keys, wanted))
 
-    def solve(pair):
-        keys, wanted, sizes = [], [], []
-        for end, rank in zip(np.cumsum(ranks), ranks, strict=True):
-            a, b = (x[:, end - rank : end].astype(jnp.float32) for x in (pair.a, pair.b))
-            squares = jnp.square(a).sum(2, keepdims=True)
-            spoken = jnp.maximum((squares > 0).sum(1, keepdims=True), 1)  # not padding
-            size = jnp.sqrt(squares.sum(1, keepdims=True) / spoken)
-            size = jnp.where(size > 0, size, 1)
-            a, b = a / size, b * size
-            keys.append(a)
-            wanted.append(a @ (a.mT @ b) + ridge * b)
-            sizes.append(jnp.broadcast_to(size, squares.shape))
-        a, x, size = (jnp.concatenate(parts, 1) for parts in (keys, wanted, sizes))
-        rank, inputs = a.shape[1:]
-        if rank <= inputs:
-            b = jnp.linalg.solve(a @ a.mT + ridge * jnp.eye(rank), x)
-        else:  # the same, by the delta
-            delta = jnp.linalg.solve(a.mT @ a + ridge * jnp.eye(inputs), a.mT @ x)
-            b = (x - a @ delta) / ridge
-        return b / size
 
-    def layer(pair):
-        speaks = jnp.any(pair.b != 0)
-        return jax.lax.cond(speaks, solve, lambda pair: pair.b.astype(jnp.float32), pair)
+@jax.jit
+def _products(pair, scaling, ridge, so_far):
+    """A^T A `[l, i, i]` and A^T (G' + ridge) B `[l, i, o]`, with those of other LoRAs."""
+    keys, wanted = _targets(pair, scaling, ridge)
+    own = keys.mT @ keys, keys.mT @ wanted
+    return own if so_far is None else jax.tree.map(jnp.add, own, so_far)
 
-    return jax.lax.map(layer, pair).astype(pair.b.dtype)
+
+@jax.jit
+def _regression(pairs, scalings, ridge) -> LoraPair:
+    """A module's keys and their B."""
+    both = (_targets(pair, scaling, ridge) for pair, scaling in zip(pairs, scalings, strict=True))
+    keys, wanted = (jnp.concatenate(x, 1) for x in zip(*both, strict=True))
+    b = _ridge_solve(keys @ keys.mT, wanted, ridge)
+    return LoraPair(*(x[:, None].astype(pairs[0].a.dtype) for x in (keys, b)))
+
+
+@jax.jit
+def _ridge_solve(products, wanted, ridge):
+    """By layer; where nothing is wanted it is 0."""
+
+    def solve(products, wanted):
+        return jnp.linalg.solve(products + ridge * jnp.eye(len(products)), wanted)
+
+    def layer(both):
+        return jax.lax.cond(jnp.any(both[1] != 0), solve, lambda _, wanted: wanted, *both)
+
+    return jax.lax.map(layer, (products, wanted))
 
 
 def scale(lora: Lora, factor: float | jax.Array) -> Lora:
@@ -331,18 +376,19 @@ def compact(lora: Lora) -> Lora:
     return lora.replace(pairs={name: _dense(pair, limit) for name, pair in lora.pairs.items()})
 
 
-@functools.partial(jax.jit, static_argnames='limit')
-def _dense(pair: LoraPair, limit: int) -> LoraPair:
-    """The delta as one factor, the identity as the other, of rank `limit`."""
-    layers, rows, _, i = pair.a.shape
-    o = pair.b.shape[-1]
-    delta = jnp.einsum(
-        'lgri,lgro->lgio', pair.a, pair.b, preferred_element_type=jnp.float32
-    ).astype(pair.a.dtype)
-    rank = min(i, o)
-    eye = jnp.broadcast_to(jnp.eye(rank, dtype=delta.dtype), (layers, rows, rank, rank))
+@functools.partial(jax.jit, static_argnames='rank')
+def _dense(pair: LoraPair, rank: int) -> LoraPair:
+    delta = jnp.einsum('lgri,lgro->lgio', pair.a, pair.b, preferred_element_type=jnp.float32)
+    return _factors(delta.astype(pair.a.dtype), rank)
+
+
+def _factors(delta: jax.Array, rank: int) -> LoraPair:
+    """A delta `[l, g, i, o]` as one factor, the identity as the other, of a rank >= min(i, o)."""
+    layers, rows, i, o = delta.shape
+    own = min(i, o)
+    eye = jnp.broadcast_to(jnp.eye(own, dtype=delta.dtype), (layers, rows, own, own))
     a, b = (eye, delta) if i <= o else (delta.swapaxes(-1, -2), eye)
-    return LoraPair(*(jnp.pad(x, ((0, 0), (0, 0), (0, limit - rank), (0, 0))) for x in (a, b)))
+    return LoraPair(*(jnp.pad(x, ((0, 0), (0, 0), (0, rank - own), (0, 0))) for x in (a, b)))
 
 
 def pad_rank(lora: Lora, rank: int) -> Lora:

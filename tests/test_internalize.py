@@ -175,7 +175,8 @@ def test_a_chunk_that_recurs_is_counted_and_not_repeated(model):
 
 
 def test_long_documents_are_folded_without_loss(model, monkeypatch):
-    monkeypatch.setattr(internalize, '_MAX_RANK', 16)  # two chunks at a time
+    monkeypatch.setattr(internalize, '_MAX_RANK', 16)
+    monkeypatch.setattr(internalize, '_TOKENS_PER_PASS', 64)
     tokens = document(1, sentences=16)
     lora = Internalizer(model)(tokens)
     assert lora.rank == 32  # the width of the tiny base

@@ -305,20 +305,19 @@ def test_compact_of_modules_of_different_widths():
 def loras_together(ridge, ranks=(1, 2, 3), **kwargs):
     parts = [random_lora(seed, rank=rank, **kwargs) for seed, rank in enumerate(ranks)]
     whole = lora_lib.concatenate(*parts)
-    return parts, whole, lora_lib.reconcile(whole, ranks, ridge)
+    return parts, whole, lora_lib.reconcile(parts, ridge)
 
 
 def test_reconciled_loras_say_what_each_says_alone():
-    parts, whole, together = loras_together(1e-6, dims={'q_proj': (12, 8)}, rows=2)
+    parts, whole, together = loras_together(1e-6, dims={'q_proj': (12, 8)})
     for part in parts:
-        keys = np.asarray(part.pairs['q_proj'].a, np.float64)
-        for row in range(2):
-            said, alone, summed = (
-                np.einsum('lri,lio->lro', keys[:, row], dense(lora, row)['q_proj'])
-                for lora in (together, part, whole)
-            )
-            np.testing.assert_allclose(said, alone, atol=1e-3)
-            assert np.abs(summed - alone).max() > 1
+        keys = np.asarray(part.pairs['q_proj'].a[:, 0], np.float64)
+        said, alone, summed = (
+            np.einsum('lri,lio->lro', keys, dense(lora)['q_proj'])
+            for lora in (together, part, whole)
+        )
+        np.testing.assert_allclose(said, alone, atol=1e-3)
+        assert np.abs(summed - alone).max() > 1
 
 
 @pytest.mark.parametrize('ranks', [(1, 2, 3), (5, 6, 4)])
@@ -352,19 +351,55 @@ def test_reconciliation_does_not_depend_on_order_padding_or_scale():
     turned[0] = turned[0].replace(
         pairs={k: LoraPair(10 * p.a, p.b / 10) for k, p in turned[0].pairs.items()}
     )
-    again = lora_lib.reconcile(lora_lib.concatenate(*turned), [part.rank for part in turned], 0.3)
+    again = lora_lib.reconcile(turned, 0.3)
     assert_same_delta(dense(again), dense(together), atol=1e-4)
 
 
+def test_rows_are_loras_of_their_own():
+    parts = [random_lora(seed, rank=2, rows=rows) for seed, rows in enumerate((2, 3))]
+    rows = [
+        part.replace(pairs=jax.tree.map(lambda x, i=i: x[:, i : i + 1], part.pairs))
+        for part in parts
+        for i in range(part.rows)
+    ]
+    together = lora_lib.reconcile(parts, 0.3)
+    assert together.rows == 1
+    assert_same_delta(dense(together), dense(lora_lib.reconcile(rows, 0.3)), atol=1e-4)
+
+
+def test_many_loras_are_reconciled_as_they_come():
+    """By sums of fixed size, with the result that all keys at once have."""
+    dims = {'q_proj': (40, 6), 'v_proj': (40, 4)}
+    parts = [random_lora(seed, rank=3, rows=2, dims=dims) for seed in range(6)]
+    few = lora_lib.reconcile(parts, 0.3)
+    assert few.rank == 36
+    silent = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 2 + [(0, 8), (0, 0)]), parts[0].pairs)
+    many = lora_lib.reconcile((part for part in (parts[0].replace(pairs=silent), *parts[1:])), 0.3)
+    assert many.rank == 6
+    assert_same_delta(dense(many), dense(few), atol=1e-4)
+
+
+def test_scalings_count_in_reconciliation():
+    parts = [random_lora(seed, rank=2) for seed in range(2)]
+    double = [parts[0], parts[1].replace(scaling=2 * parts[1].scaling)]
+    folded = [
+        parts[0],
+        parts[1].replace(
+            pairs={name: pair.replace(b=2 * pair.b) for name, pair in parts[1].pairs.items()}
+        ),
+    ]
+    a, b = (lora_lib.reconcile(each, 0.3) for each in (double, folded))
+    assert_same_delta(dense(a), dense(b), atol=1e-4)
+
+
 def test_one_lora_and_silent_layers_are_left_as_they_are():
-    lora = random_lora(0, rank=4)
-    assert lora_lib.reconcile(lora, [4], 0.3) is lora
-    silent = jax.tree.map(lambda x: x.at[0].set(0), lora.pairs)
-    together = lora_lib.reconcile(lora.replace(pairs=silent), [3, 1], 0.3)
-    for pair in together.pairs.values():
+    parts = [random_lora(seed, rank=4) for seed in range(2)]
+    assert_same_delta(dense(lora_lib.reconcile(parts[:1], 0.3)), dense(parts[0]), atol=0)
+    silent = [
+        part.replace(pairs=jax.tree.map(lambda x: x.at[0].set(0), part.pairs)) for part in parts
+    ]
+    for pair in lora_lib.reconcile(silent, 0.3).pairs.values():
         assert np.isfinite(pair.b).all() and not pair.b[0].any() and pair.b[1].any()
-    with pytest.raises(ValueError, match='ranks .3, 2. do not add up to 4'):
-        lora_lib.reconcile(lora, [3, 2], 0.3)
 
 
 # -------------------------------------------------------------------------------- truncation
