@@ -2,8 +2,9 @@
 
     python -m launch.generate_data --config=configs/documents.py:READER,PATH --output=DIR
 
-READER,PATH: `squad,FILE`, `jsonl,FILE`, `parquet,PATTERN`, `text,FOLDER`, `tfds,NAME,SPLIT`
-(`d2l.documents.READERS`); or, with answers given, `facts,COUNT` (made-up documents; with
+READER,PATH: `squad,FILE` (each paragraph is a document), `articles,FILE` (of the same layout, each
+article), `jsonl,FILE`, `parquet,PATTERN`, `text,FOLDER`, `tfds,NAME,SPLIT` (see
+`d2l.documents.READERS`); or, with answers given, `facts,COUNT` (made-up documents; with
 `facts,COUNT,SPLIT` those of a split: train, phrasings, attributes; set source.seed, and
 source.facts as "(8, 8)"), `words,COUNT` (one word each) or `names,PACKAGE` (of pictures, see
 configs/d2l_images.py).

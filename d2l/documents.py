@@ -7,6 +7,7 @@ finds wrong it names, with file and line.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import random
@@ -47,8 +48,8 @@ class Document:
     questions: tuple[Question, ...] = ()
 
 
-def read_squad(path: str) -> Iterator[Document]:
-    """SQuAD's JSON: data / paragraphs / qas. Each paragraph is a document.
+def read_squad(path: str, articles: bool = False) -> Iterator[Document]:
+    """SQuAD's JSON: data / paragraphs / qas. Each paragraph is a document, or each article.
 
     Raises:
       UserError: not such a file; the message names the place.
@@ -56,14 +57,14 @@ def read_squad(path: str) -> Iterator[Document]:
     file = pathlib.Path(path).expanduser()
     where = path
     try:
-        articles = json.loads(file.read_text(encoding='utf-8-sig'))['data']
-        for index, article in enumerate(articles):
-            for number, paragraph in enumerate(article['paragraphs']):
-                name = f'{article.get("title", index)}/{number}'
+        for index, article in enumerate(json.loads(file.read_text(encoding='utf-8-sig'))['data']):
+            title, paragraphs = article.get('title', index), article['paragraphs']
+            texts = {f'{title}/{i}': [paragraph] for i, paragraph in enumerate(paragraphs)}
+            for name, text in ({str(title): paragraphs} if articles else texts).items():
                 where = f'{path}, {name}'
-                asked = [qa for qa in paragraph['qas'] if qa['answers']]
+                asked = [qa for part in text for qa in part['qas'] if qa['answers']]
                 entry = {
-                    'context': paragraph['context'],
+                    'context': '\n\n'.join(part['context'] for part in text),
                     'questions': [qa['question'] for qa in asked],
                     'answers': [[answer['text'] for answer in qa['answers']] for qa in asked],
                 }
@@ -238,6 +239,7 @@ def read_names(
 
 READERS: dict[str, Callable[..., Iterable[Document]]] = {
     'squad': read_squad,
+    'articles': functools.partial(read_squad, articles=True),
     'jsonl': read_jsonl,
     'parquet': read_parquet,
     'text': read_text,

@@ -53,7 +53,10 @@ def test_squad(tmp_path):
     data = {'data': [{'title': 'Song', 'paragraphs': [paragraph, paragraph]}]}
     found = list(documents.read_squad(write(tmp_path / 'a.json', data)))
     assert [document.name for document in found] == ['Song/0', 'Song/1']
-    assert found[0] == Document('Song/0', 'Ann B. sings.', (Question('Who?', ('Ann', 'Ann B.')),))
+    asked = Question('Who?', ('Ann', 'Ann B.'))
+    assert found[0] == Document('Song/0', 'Ann B. sings.', (asked,))
+    both = Document('Song', 'Ann B. sings.\n\nAnn B. sings.', (asked, asked))
+    assert documents.read([documents.source(f'articles,{tmp_path}/a.json')]) == [both]
 
 
 def test_jsonl(tmp_path):
@@ -145,8 +148,8 @@ def squad(context, question, answer):
         ('squad', '{"data": [', ':1: not valid JSON'),
         ('squad', '{"data": [{"paragraphs": [{"qas": []}]}]}', 'layout of SQuAD .*context'),
         ('squad', '[]', 'layout of SQuAD'),
-        (*('squad', squad(None, 'a?', 'b')), 'file, T/0: no text under'),
-        (*('squad', squad(4, 'a?', 'b')), 'file, T/0: no text under'),
+        (*('squad', squad(None, 'a?', 'b')), 'T/0: not in the layout of SQuAD .*expected str'),
+        (*('squad', squad(4, 'a?', 'b')), 'file, T/0: not in the layout of SQuAD .*expected str'),
         (*('squad', squad('a', None, 'b')), 'file, T/0: questions must be a list of texts'),
         (*('squad', squad('a', 'a?', None)), 'file, T/0: the answers .* list of texts'),
         ('jsonl', '{"text": "a"}\n{"text"', ':2: not valid JSON'),
