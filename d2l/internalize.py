@@ -142,7 +142,8 @@ class Internalizer:
         """The LoRA of a document, one row: all its chunks along the rank, nothing else.
 
         A chunk that occurs k times is encoded once and counted k times. The memory of long
-        documents is bounded.
+        documents is bounded, by folding a rank beyond what a delta can have, or as `lora.reconcile`
+        does.
 
         Args:
           report: hears, as the document is read, which fraction of it is; what it raises ends that.
