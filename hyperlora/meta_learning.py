@@ -313,11 +313,12 @@ def make_plan(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh) -> P
 # ---------------------------------------------------------------------------------- the loop
 
 
-# Settings, by what they must at least be.
-_LEAST = {
-    1: 'groups accumulate log_every checkpoint_every keep_checkpoints chunk_length',
-    0: 'seed neftune optimizer.learning_rate optimizer.end_learning_rate optimizer.warmup_steps '
-    'optimizer.weight_decay optimizer.clip_norm optimizer.b1 optimizer.b2',
+# Settings, by what they must at least be and must stay below.
+_BOUNDS = {
+    (1, math.inf): 'groups accumulate log_every checkpoint_every keep_checkpoints chunk_length',
+    (0, math.inf): 'seed neftune optimizer.learning_rate optimizer.end_learning_rate '
+    'optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm',
+    (0, 1): 'optimizer.b1 optimizer.b2',
 }
 
 
@@ -332,11 +333,12 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(
                 f'{config.get("name")!r} is no experiment to train: its config has no {part}'
             )
-    for least, keys in _LEAST.items():
+    for (least, limit), keys in _BOUNDS.items():
         for key in keys.split():
             value = functools.reduce(lambda part, name: part.get(name), key.split('.'), config)
-            if value is not None and not value >= least:  # nor is NaN
-                raise UserError(f'config.{key} must be at least {least}, not {value}')
+            if value is not None and not least <= value < limit:  # nor is NaN
+                below = '' if value < least else f' and below {limit}'
+                raise UserError(f'config.{key} must be at least {least}{below}, not {value}')
     learning_rate(config.optimizer)
     shape = config.hypernetwork.get('shape', {})
     for name, part in (('config', config), ('config.hypernetwork.shape', shape)):

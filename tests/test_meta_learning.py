@@ -426,8 +426,9 @@ def test_unknown_parts_are_refused(tmp_path, part, name, message):
         ),
         (
             {'optimizer': {'clip_norm': float('nan')}},
-            'clip_norm must be at least 0, not nan',
+            'clip_norm must be at least 0 and below inf, not nan',
         ),
+        ({'optimizer': {'b2': 1.0}}, 'b2 must be at least 0 and below 1, not 1.0'),
         ({'optimizer': {'steps': 7}}, 'the data have 6 steps, the training 7: set config.optimi'),
     ],
 )
