@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from hyperlora.data import readers
 from hyperlora.errors import UserError
 from t2l import tasks
-from t2l.tasks import Task
+from t2l.tasks import Example, Task
 
 # Sets of tasks that are one and the same, or of which one teaches another: whoever holds one out
 # holds out all.
@@ -150,12 +150,13 @@ def collect(config: ConfigDict) -> Collection:
     """Reads the tasks of a config {sources: [{reader, held_out, weight, ...}]}.
 
     A source names its reader, the tasks to hold out and how often each of its tasks is drawn (1 if
-    it does not say); what else it says are arguments of the reader.
+    it does not say); what else it says are arguments of the reader. What any task tests, with the
+    same answer, is not trained on: words and sentences occur in several tasks.
 
     Raises:
       UserError: unknown reader or argument, a held-out task that is not there, two tasks of one
-        name, a task without a description or examples, or a held-out task that is trained on
-        under another name.
+        name, a task without a description or examples, one that leaves nothing to train on, or a
+        held-out task that is trained on under another name.
     """
     train: dict[str, Task] = {}
     held_out: dict[str, Task] = {}
@@ -196,7 +197,31 @@ def collect(config: ConfigDict) -> Collection:
                 'hold out both or neither'
             )
     _check_answers(train.values(), held_out.values())
-    return Collection(tuple(train.values()), tuple(held_out.values()), tuple(weights))
+    tested = {pair for task in (*train.values(), *held_out.values()) for pair in _pairs(task.test)}
+    return Collection(
+        tuple(_without(task, tested) for task in train.values()),
+        tuple(held_out.values()),
+        tuple(weights),
+    )
+
+
+def _pairs(examples: Iterable[Example]) -> Iterator[tuple[str, str]]:
+    return ((example.input, output) for example in examples for output in example.outputs)
+
+
+def _without(task: Task, tested: set[tuple[str, str]]) -> Task:
+    """The task without training examples that are tested.
+
+    Raises:
+      UserError: it has no others.
+    """
+    kept = tuple(example for example in task.train if tested.isdisjoint(_pairs([example])))
+    if not kept:
+        raise UserError(
+            f'all training examples of task {task.name!r} of {task.source} are tested by it or '
+            'another task: leave one of the two out'
+        )
+    return dataclasses.replace(task, train=kept)
 
 
 def _check_answers(train: Iterable[Task], held_out: Iterable[Task]) -> None:

@@ -1,7 +1,7 @@
-"""Tasks as ArrayRecord files, written by a tfds builder and read at random by grain.
+"""Tasks as ArrayRecord files, written by a tfds builder: made once, and read alike on every host.
 
-For collections too large for memory: the examples of a task that was read from records are a
-data source that `grain.MapDataset.source` takes and that worker processes can copy.
+The examples of a task that was read from records are a data source, which `grain.MapDataset.source`
+takes and worker processes can copy; a training tokenizes all of them before its first step.
 """
 
 from __future__ import annotations

@@ -905,6 +905,25 @@ def test_collect(tmp_path):
         collection({'reader': 'json', 'path': str(tmp_path)})
 
 
+def test_what_a_task_tests_is_not_trained_on_under_another_name(tmp_path):
+    tasks = {
+        'one': {'train': examples(('a', 'b'), ('c', 'd')), 'test': examples(('e', 'f'))},
+        'two': {
+            'train': examples(('e', 'f'), ('g', 'h'), ('i', 'j')),
+            'test': examples(('c', 'd')),
+        },
+        'held': {'train': examples(('k', 'l')), 'test': examples(('g', 'h'), ('a', 'm'))},
+    }
+    for name, parts in tasks.items():
+        write(tmp_path / f'{name}.json', json_task(name=name, **parts))
+    source = {'reader': 'json', 'path': str(tmp_path), 'held_out': ('held',)}
+    pairs = {t.name: [(e.input, e.output) for e in t.train] for t in collection(source).train}
+    assert pairs == {'one': [('a', 'b')], 'two': [('i', 'j')]}
+    write(tmp_path / 'three.json', json_task(name='three', train=examples(('c', 'd'))))
+    with pytest.raises(UserError, match="all training examples of task 'three'.*another task"):
+        collection(source)
+
+
 def test_proposed_hold_out_of_generated_tasks():
     source = {'reader': 'generated', 'train': 20, 'test': 5, 'held_out': HELD_OUT['generated']}
     found = collection(source)
