@@ -222,6 +222,7 @@ def convert(
     checkpoint: Mapping[str, Any],
     state: StateDict,
     base: DecoderConfig,
+    base_fingerprint: str,
     encoder: str,
     dtype: str,
 ) -> Converted:
@@ -232,7 +233,9 @@ def convert(
       state: its tensors.
       base: shape of the base model.
     """
-    reader, _, fingerprint = load_params(encoder, images=True) if encoder else (None,) * 3
+    reader, _, fingerprint = (
+        load_params(encoder, images=True) if encoder else (None, None, base_fingerprint)
+    )
     config = config_from_upstream(checkpoint, base, reader and text_config(reader))
     config['hypernetwork']['encoder'] |= {
         'model': encoder,

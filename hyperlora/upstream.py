@@ -40,13 +40,13 @@ class StateDict(dict[str, np.ndarray]):
 @dataclasses.dataclass
 class Converted:
     """A checkpoint in our terms: its part of the config, the module, f32 parameters, an example of
-    what the module reads, and the fingerprint of its encoder (None: the base model)."""
+    what the module reads, and the fingerprint of its encoder."""
 
     config: dict[str, Any]
     module: Any
     params: dict
     example: tuple
-    encoder_fingerprint: str | None
+    encoder_fingerprint: str
 
 
 def convert(
@@ -79,7 +79,7 @@ def convert(
         module, function = _CONVERTERS[name].split(':')
         reader = encoder if name == 'pytorch_model.bin' else embedder
         done = getattr(importlib.import_module(module), function)(
-            path, loaded, state, base_config, reader, dtype
+            path, loaded, state, base_config, base_fingerprint, reader, dtype
         )
         wanted = jax.eval_shape(done.module.init, jax.random.key(0), *done.example)['params']
     except (KeyError, AttributeError, TypeError, IndexError) as error:
@@ -94,5 +94,5 @@ def convert(
     return done.params, {
         'config': {'base': base, 'base_dtype': dtype, 'base_quantization': 'none', **done.config},
         'base_fingerprint': base_fingerprint,
-        'encoder_fingerprint': done.encoder_fingerprint or base_fingerprint,
+        'encoder_fingerprint': done.encoder_fingerprint,
     }

@@ -206,6 +206,7 @@ def convert(
     checkpoint: Mapping[str, Any],
     state: StateDict,
     base: DecoderConfig,
+    base_fingerprint: str,
     embedder: str,
     dtype: str,
 ) -> Converted:
@@ -234,5 +235,5 @@ def convert(
         module,
         params_from_upstream(state, module.config),
         (jnp.zeros((1, module.config.embedding_width)),),
-        load_embedder(embedder).fingerprint if embedder else None,
+        load_embedder(embedder).fingerprint if embedder else f'{base_fingerprint}-last',
     )

@@ -24,8 +24,10 @@ from d2l.context_encoders import CONTEXT_ENCODERS, per_layer_activations
 from hyperlora import checkpointing, torch_files
 from hyperlora import lora as lora_lib
 from hyperlora.errors import UserError
-from hyperlora.models.base import load_params
+from hyperlora.models.base import BaseModel, load_params
 from hyperlora.models.decoder import Decoder
+from hyperlora.models.embedders import load_embedder
+from hyperlora.models.published import WordTokenizer
 from hyperlora.models.vision import soft_tokens
 from hyperlora.upstream import convert
 
@@ -75,7 +77,10 @@ def test_text_to_lora(case, tmp_path):
     # Through the file, as a user would.
     checkpointing.export(tmp_path / 'out', params, record, 'float32')
     params, record = checkpointing.load_export(tmp_path / 'out')
-    decoder = load_params(base)[:2]
+    *decoder, fingerprint = load_params(base)
+    # What `trained.load` compares; the reference has neither a tokenizer nor embeddings of its own.
+    model = BaseModel(base, *decoder, WordTokenizer(), fingerprint)
+    assert record['encoder_fingerprint'] == load_embedder('base', model).fingerprint
     module = t2l.build.make_module(ConfigDict(record['config']['hypernetwork']), decoder[0])
     recon = 'all_embs/encoded_task_emb' in arrays
     tasks = [f'in/t{i}/task_embs' for i in range(2)] if recon else ['in/task_embs']
