@@ -3,6 +3,8 @@
     python -m launch.train --config=configs/t2l.py:smollm2,TASKS --workdir=DIR
 
 TASKS is a folder of tasks, a JSON file each; without it the generated tasks alone are trained on.
+Tasks of another reader of `t2l.collections` are trained on alone: natural_instructions:CHECKOUT,
+text_to_lora:CHECKOUT:INSTRUCTIONS (the paper's) or records:DIR.
 Variants: `smollm2` (two CPU cores), `gemma2_2b`, `mistral_7b`, `llama3_8b` (the published settings,
 each for the TPUs that it names; for other devices set config.mesh and groups), `tiny` (seconds; for
 tests).
@@ -14,7 +16,11 @@ in DIR, trained further on examples).
 
 For comparison, on SmolLM2 and the same loop: `multitask` (one LoRA, on the batches of `smollm2`),
 `per_task` (a LoRA for each task of the folder), and `reconstruction,LORAS` (a hypernetwork trained
-towards the LoRAs that a run of `per_task` left in the folder LORAS, rather than on examples).
+towards the LoRAs that a run of `per_task` left in the folder LORAS, rather than on examples; with
+objective.delta their products are compared, for which hypernetwork.shape.output_scale is 0.01).
+
+A hypernetwork whose LoRAs are added to a multi-task LoRA has --config.hypernetwork.loras=MULTITASK
+--config.hypernetwork.shape.offset=True --config.hypernetwork.shape.head_init=zero.
 """
 
 import functools
@@ -24,7 +30,7 @@ from ml_collections import ConfigDict
 
 from configs import fields
 from hyperlora.errors import UserError
-from t2l.collections import collect
+from t2l.collections import READERS, collect, source
 
 # Packed rows that a per-task LoRA sees of its task: about 170 examples.
 _VISITS = 86
@@ -100,6 +106,8 @@ def _sources(folder: str) -> tuple[dict, ...]:
     )
     if not folder:
         return generated
+    if folder.split(':')[0] in READERS:
+        return (source(folder.replace(':', ',')),)
     # A folder may lack them: it is the user's.
     here = pathlib.Path(folder)
     held_out = tuple(name for name in HELD_OUT['json'] if (here / f'{name}.json').is_file())
@@ -135,6 +143,7 @@ def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> C
                 'name': 'text_to_lora',
                 'embedder': 'Alibaba-NLP/gte-large-en-v1.5',
                 'modules': ('q_proj', 'v_proj'),
+                'loras': '',  # a `lora_table` that it starts from; see `t2l.build.build`
                 'shape': {
                     'rank': 8,
                     'scaling': 16 / 8**0.5,
@@ -144,9 +153,13 @@ def _published(base: str, topology: str, mesh: dict[str, int], folder: str) -> C
                     'encoder': 'linear',
                     'shared_head': False,
                     'per_rank': False,
+                    'learned_positions': False,
                     'per_layer_heads': False,
                     'head_init': 'lora',
+                    'offset': False,
+                    'learn_offset': False,
                     'z_score': False,
+                    'output_scale': 1.0,
                 },
             },
             'objective': {'name': 'cross_entropy', 'label_smoothing': 0.1, 'l2': 1e-3},

@@ -117,8 +117,11 @@ def build(
       config: `name`, what its builder reads, and `dtype`, that it computes in; f32 if absent.
 
     Raises:
-      UserError: no hypernetwork or dtype of that name.
+      UserError: no hypernetwork or dtype of that name, or a size that is not positive.
     """
+    for size in ('rank', 'latent_size', 'head_width', 'embedding_width', 'entries'):
+        if (value := config.get('shape', {}).get(size, 1)) < 1:
+            raise UserError(f'hypernetwork.shape.{size} must be positive, not {value}')
     if config.name not in _BUILDERS:
         raise UserError(f'unknown hypernetwork {config.name!r}; known: {", ".join(_BUILDERS)}')
     module, function = _BUILDERS[config.name].split(':')

@@ -14,7 +14,7 @@ a document.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,11 +38,11 @@ MODULES = {
 }
 
 
-def module_dims(config: DecoderConfig, modules: Iterable[str]) -> tuple[tuple[str, int, int], ...]:
+def module_dims(config: DecoderConfig, modules: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
     """(module, i, o) of the named modules of a decoder, sorted by name.
 
     Raises:
-      UserError: unknown module.
+      UserError: no module, an unknown one, or one named twice.
     """
     c = config
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -58,8 +58,11 @@ def module_dims(config: DecoderConfig, modules: Iterable[str]) -> tuple[tuple[st
     unknown = set(modules) - table.keys()
     if unknown:
         raise UserError(
-            f'unknown target modules {", ".join(sorted(unknown))}; known: {", ".join(table)}'
+            f'unknown target modules {", ".join(sorted(unknown))}; known: {", ".join(table)} '
+            "(several as ('q_proj','v_proj'))"
         )
+    if not modules or len(set(modules)) < len(modules):
+        raise UserError(f'name one target module or more, each once, not {tuple(modules)}')
     return tuple((name, *table[name]) for name in sorted(modules))
 
 

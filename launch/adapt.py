@@ -33,6 +33,8 @@ _QUANTIZATION = flags.DEFINE_string(
 def main(_):
     if (_DOCUMENT.value is None) == (_TASK.value is None):
         raise UserError('give one of --document and --task')
+    if _ITERATIVE.value and _DOCUMENT.value is None:
+        raise UserError('--iterative is for documents: leave it out')
     document = _TASK.value is None
     text = files.read(_DOCUMENT.value) if document else _TASK.value
     output = cli.writable_directory(_OUTPUT.value)

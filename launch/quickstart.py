@@ -123,6 +123,8 @@ def main(_):
     number, tokens = niah.hide(tokenizer, _TOKENS, seed)
     base = needles.base
     session = Session(_CHECKPOINT.value, _TASK_CHECKPOINT.value, base=base)
+    if _TASK.value is not None:
+        session.specializer.trained.hypernetwork.encoder.tokens(_TASK.value)  # it may be refused
     print(
         f'{number} is hidden in {len(tokens)} tokens; the window of {base.name} is '
         f'{base.config.max_length}. Seconds include compilation; MB are those of the LoRA, or of '

@@ -52,7 +52,8 @@ def build(config: ConfigDict, base: BaseModel, mesh: jax.sharding.Mesh | None) -
     if embedder.width != width:
         raise UserError(
             f'the embedder {embedder.name} gives vectors of width {embedder.width}; '
-            f'this hypernetwork reads {width}: use the embedder that it was trained with'
+            f'this hypernetwork reads {width}: use the embedder that it was trained with, or train '
+            f'anew with config.hypernetwork.shape.embedding_width={embedder.width}'
         )
 
     def encode(_, context):

@@ -162,6 +162,8 @@ def collect(config: ConfigDict) -> Collection:
     held_out: dict[str, Task] = {}
     weights: list[float] = []
     for source in config.sources:
+        if not isinstance(source, Mapping):
+            raise UserError(f'a source of tasks must be a mapping with its reader, not {source!r}')
         arguments = dict(source)
         reader = arguments.get('reader')
         names = set(arguments.pop('held_out', ()))

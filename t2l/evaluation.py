@@ -48,7 +48,7 @@ class Methods:
     """Ways to answer examples of a task; each maps (task, seed, examples) to answers.
 
     The seed chooses the description, the shots and what the controls are given. None instead of
-    answers: the method does not know the task.
+    answers: the method does not know the task, or a prompt of it does not fit the model's window.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class Methods:
         """
         Args:
           tasks: all that are evaluated on.
-          multitask: a `LoraTable` of one entry.
-          per_task: a `LoraTable` of an entry per task.
+          multitask: a `LoraTable` of one entry, for the method of that name.
+          per_task: a `LoraTable` of an entry per task, for the methods in `_TABLES`.
         """
         self.specializer, self.tasks = specializer, tasks
         self._known = known_tasks(specializer.trained)
@@ -72,15 +72,9 @@ class Methods:
     def base(self) -> BaseModel:
         return self.specializer.trained.base
 
-    def _table(self, name: str) -> Trained:
-        table = self._tables[name]
-        if table is None:
-            raise UserError(f'this method needs --config.{name}=CHECKPOINT (configs/t2l.py:{name})')
-        return table
-
     def _loras(self) -> tuple[list[str], Trained]:
         """The LoRAs per task, and the names of their tasks."""
-        table = self._table('per_task')
+        table = self._tables['per_task']
         names = list(table.config.data.get('tasks', ()))
         if (count := table.config.hypernetwork.shape.entries) != len(names):
             raise UserError(f'--config.per_task has {count} LoRAs, but {len(names)} tasks')
@@ -93,10 +87,13 @@ class Methods:
 
     def _answer(
         self, examples: Sequence[Example], lora: Lora | None = None, before='', after=''
-    ) -> list[str]:
+    ) -> list[str] | None:
         """Answers with a LoRA of one row, with text before and after each input."""
         prompts = [self.base.tokenizer.prompt(f'{before}{e.input}{after}') for e in examples]
-        return answer_in_batches(self.base, prompts, self._room(examples), lora)
+        room = self._room(examples)
+        if max(map(len, prompts)) + room > self.base.config.max_length:
+            return None
+        return answer_in_batches(self.base, prompts, room, lora)
 
     def _described(self, description: str, examples: Sequence[Example]) -> list[str]:
         return self._answer(examples, self.specializer([description]))
@@ -138,7 +135,7 @@ class Methods:
 
     def multitask(self, task, seed, examples) -> list[str]:
         """One LoRA trained on all tasks."""
-        return self._answer(examples, lora_table.single(self._table('multitask')))
+        return self._answer(examples, lora_table.single(self._tables['multitask']))
 
     def per_task(self, task, seed, examples) -> list[str] | None:
         """The LoRA trained on this task alone: the oracle."""
@@ -193,6 +190,8 @@ class Methods:
 METHODS: dict[str, Callable[..., list[str] | None]] = public(Methods)
 # What they answer does not depend on the seed.
 _SEEDLESS = ('zero_shot', 'multitask', 'per_task', 'average', 'empty', 'hyperdecoder')
+# Methods that need plain LoRAs, and where the config names these.
+_TABLES = {'multitask': 'multitask', 'per_task': 'per_task', 'average': 'per_task'}
 
 
 def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None:
@@ -209,6 +208,13 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
     names = methods_of(config.methods, METHODS)
     if config.limit < 0 or config.seeds < 1:
         raise UserError('limit must not be negative, seeds must be positive')
+    if config.only not in ('', 'seen', 'unseen'):
+        raise UserError(f"only must be 'seen' or 'unseen' or empty, not {config.only!r}")
+    for name, table in _TABLES.items():
+        if name in names and not config[table]:
+            raise UserError(
+                f'the method {name} needs --config.{table}=CHECKPOINT (configs/t2l.py:{table})'
+            )
     specializer = Specializer(trained.load(checkpoint, quantization=config.base_quantization))
     seen = known_tasks(specializer.trained)
     tables = {
@@ -218,8 +224,6 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
         for name in ('multitask', 'per_task')
     }
     tasks = _tasks(config)
-    if config.only not in ('', 'seen', 'unseen'):
-        raise UserError(f"only must be 'seen' or 'unseen' or empty, not {config.only!r}")
     if config.only:
         tasks = [task for task in tasks if (task.name in seen) == (config.only == 'seen')]
     if not tasks:
@@ -232,6 +236,13 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
         checkpoint=checkpoint,
         weights=record.digest(specializer.trained.params),
         methods=names,
+        texts=record.digest(
+            [
+                (task.name, task.descriptions, task.test_descriptions, e.input, e.outputs)
+                for task in tasks
+                for e in itertools.islice(task.test, config.limit or None)
+            ]
+        ),
         **{name: table and record.digest(table.params) for name, table in tables.items()},
     )
     methods = Methods(specializer, tasks, **tables)
@@ -244,7 +255,7 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
             start = time.perf_counter()
             runs = range(1 if name in _SEEDLESS else config.seeds)
             answers = [getattr(methods, name)(task, seed, examples) for seed in runs]
-            if answers[0] is None:
+            if any(texts is None for texts in answers):
                 continue
             right = [
                 [exact_match(*pair) for pair in zip(texts, examples, strict=True)]
@@ -283,6 +294,11 @@ def _tasks(config: ConfigDict) -> list[Task]:
     given = parse(path) if config.descriptions else {}
     if not isinstance(given, dict):
         raise UserError(f'{path}: it must map names of tasks to lists of descriptions')
+    without = {task.name for task in tasks if not (task.descriptions or task.test_descriptions)}
+    if unused := sorted(given.keys() - without, key=str):
+        raise UserError(
+            f'{path}: {", ".join(map(str, unused))}: no such tasks, or they have descriptions'
+        )
     found = {}
     for task in tasks:
         if task.name in found:
@@ -297,6 +313,8 @@ def _tasks(config: ConfigDict) -> list[Task]:
                 )
             texts = field(given, task.name, list, str(path))
             texts = check_descriptions(texts, f'{path}: {task.name}')
+            if not texts:
+                raise UserError(f'{path}: no descriptions of {task.name!r}')
             task = dataclasses.replace(task, test_descriptions=texts)
         found[task.name] = task
     return list(found.values())

@@ -152,6 +152,11 @@ class TextToLora(nn.Module):
         parts = (task[:, None, None], depth[None, :, None], kind[None, None])
         x = jnp.concatenate([jnp.broadcast_to(p, (*shape, p.shape[-1])) for p in parts], -1)
         width = x.shape[-1]
+        if c.per_rank and not c.learned_positions and width % 2:
+            raise UserError(
+                f'positions of ranks rotate pairs of numbers, but the latent width is {width}: set '
+                'hypernetwork.shape.learned_positions, or another number of target modules'
+            )
         x = dense(4 * width, ('latent', 'mlp'), 'mixer_up', use_bias=True)(_dropout(self, x))
         x = dense(width, ('mlp', 'latent'), 'mixer_down', use_bias=True)(_dropout(self, nn.silu(x)))
         return _dropout(self, nn.silu(x))

@@ -66,10 +66,12 @@ def write_records(tasks: Iterable[Task], path: str) -> None:
     """Writes each task to `path/text_task/NAME`; a task appears there only when complete.
 
     Raises:
-      UserError: a task is there already.
+      UserError: a task is there already, or has no examples of one kind.
     """
     tfds.disable_progress_bar()
     for task in tasks:
+        if not (len(task.train) and len(task.test)):
+            raise UserError(f'task {task.name!r} of {task.source} lacks train or test examples')
         config = TaskConfig(name=task.name, task=task)
         builder = TextTask(config=config, data_dir=path, file_format='array_record')
         if builder.data_path.exists():
@@ -85,24 +87,32 @@ def read_records(path: str) -> list[Task]:
     """The tasks that `write_records` left in a folder, in order of name.
 
     Raises:
-      UserError: none.
+      UserError: none, or damaged ones.
     """
     root = pathlib.Path(path).expanduser() / 'text_task'
     folders = sorted(info.parent for info in root.glob('*/*/dataset_info.json'))
     if not folders:
         raise UserError(f'{root}: no records of tasks there')
-    return [_read(str(folder)) for folder in folders]
+    return [_read(folder) for folder in folders]
 
 
-def _read(folder: str) -> Task:
-    builder = tfds.builder_from_directory(folder)
-    metadata = builder.info.metadata
-    return Task(
-        metadata['name'],
-        metadata['source'],
-        metadata['license'],
-        tuple(metadata['descriptions']),
-        tuple(metadata['test_descriptions']),
-        MappedExamples(builder.as_data_source('train'), _example),
-        MappedExamples(builder.as_data_source('test'), _example),
-    )
+def _read(folder: pathlib.Path) -> Task:
+    try:
+        builder = tfds.builder_from_directory(str(folder))
+        metadata = builder.info.metadata
+        task = Task(
+            metadata['name'],
+            metadata['source'],
+            metadata['license'],
+            tuple(metadata['descriptions']),
+            tuple(metadata['test_descriptions']),
+            MappedExamples(builder.as_data_source('train'), _example),
+            MappedExamples(builder.as_data_source('test'), _example),
+        )
+        for examples in (task.train, task.test):
+            examples[len(examples) - 1]  # a file that was cut off can be read nowhere
+    except Exception as error:  # tfds raises whatever its parsers and readers do
+        raise UserError(
+            f'{folder}: not the records of a task, or damaged ({error}): write them again'
+        ) from error
+    return task

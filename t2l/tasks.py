@@ -23,6 +23,7 @@ from hyperlora.errors import UserError
 DESCRIPTIONS = pathlib.Path(__file__).parent / 'descriptions'
 # Given descriptions are few: own ones are added below this number.
 FEW_DESCRIPTIONS = 32
+_LONGEST_NAME = 200  # of a task: it names files, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,8 @@ def parse(path: pathlib.Path) -> Any:
         line = f', line {mark.line + 1}' if mark else ''
         problem = getattr(error, 'problem', None) or error
         raise UserError(f'{path}{line}: not YAML: {problem}') from error
-    except ValueError as error:  # a date that there is not
-        raise UserError(f'{path}: not YAML: {error}') from error
+    except (ValueError, RecursionError) as error:  # a date that there is not; no end of brackets
+        raise UserError(f'{path}: cannot be read: {error}') from error
 
 
 def field(entry: Any, key: str, kind: type | tuple[type, ...], place: str) -> Any:
@@ -232,6 +233,10 @@ def _read_json_task(file: pathlib.Path) -> Task:
     name, source, license_ = (
         field(entry, key, str, str(file)) for key in ('name', 'source', 'license')
     )
+    if len(name.encode()) > _LONGEST_NAME or '/' in name:
+        raise UserError(
+            f'{file}: a name has at most {_LONGEST_NAME} bytes and no "/", not {name!r}'
+        )
     given = check_descriptions(
         field(entry, 'descriptions', list, str(file)), f'{file}: descriptions'
     )
@@ -275,6 +280,11 @@ def _read_instructions(file: pathlib.Path) -> Task:
     definition = field(entry, 'Definition', (str, list), str(file))
     definition = [definition] if isinstance(definition, str) else definition
     given = check_descriptions(definition, f'{file}: Definition')
+    if not given:
+        raise UserError(f'{file}: Definition is empty')
+    licenses = field(
+        {'Instance License': ['unknown'], **entry}, 'Instance License', list, str(file)
+    )
     instances = field(entry, 'Instances', list, str(file))
     positive = field(entry, 'Positive Examples', list, str(file))
     test = check_examples(instances[:100], f'{file}: Instances')
@@ -284,7 +294,7 @@ def _read_instructions(file: pathlib.Path) -> Task:
     return Task(
         file.stem,
         'Super-NaturalInstructions',
-        ', '.join(entry.get('Instance License', ['unknown'])),
+        ', '.join(map(str, licenses)),
         **describe(file.stem, given),
         train=train,
         test=test,
@@ -336,8 +346,11 @@ def _read_metadata(file: pathlib.Path, data: pathlib.Path, test_descriptions: in
                 Example(template.format(task_def=definition, problem=e.input), e.outputs)
                 for e in examples
             )
-        except (KeyError, IndexError, ValueError) as error:
-            raise UserError(f'{place}: user_prompt_template: unknown field {error}') from error
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+            raise UserError(
+                f'{place}: cannot fill user_prompt_template ({error!r}), of which the fields are '
+                '{task_def} and {problem}'
+            ) from error
 
     count = len(given) - test_descriptions
     return Task(

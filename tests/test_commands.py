@@ -299,6 +299,10 @@ def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
     settings['config_descriptions'] = tmp_path / 'given.yaml'
     (tmp_path / 'given.yaml').write_text('')
     assert_mistake(command('evaluate', **settings), 'given.yaml: it must map names of tasks')
+    (tmp_path / 'given.yaml').write_text('shout: []')
+    assert_mistake(command('evaluate', **settings), "given.yaml: no descriptions of 'shout'")
+    (tmp_path / 'given.yaml').write_text('shout: [Louder.]\nshuot: [Louder.]')
+    assert_mistake(command('evaluate', **settings), 'given.yaml: shuot: no such tasks')
     (tmp_path / 'given.yaml').write_text('shout: [Say it in capitals.]')
     assert_mistake(command('evaluate', **settings), 'other_description', 'a second task')
     whisper = {**task, 'name': 'whisper', 'descriptions': ['Say it softly.', 'Whisper it.']}
@@ -313,6 +317,8 @@ def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
     # Alone the base model answers rightly; what is added to prompt or weights confuses it.
     assert scores['shout']['zero_shot'] == 1 and scores['shout']['description_in_prompt'] == 0
     assert metrics['average']['unseen']['zero_shot'] == 1 and metrics['seen'] == []
+    (tmp_path / 'given.yaml').write_text('shout: [Say it in large letters.]')
+    assert_mistake(command('evaluate', **settings), 'other settings (texts: ', 'another workdir')
     settings['config_methods'] = 't2l,zero_shot,guess'
     assert_mistake(command('evaluate', **settings), 'unknown methods guess;')
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import flax.linen as nn
 import jax
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import read_golden, tiny_base
+from conftest import CharTokenizer, read_golden, tiny_base
 from ml_collections import ConfigDict
 from test_convert import find, mistral
 
 import t2l.build
-from hyperlora import hypernetwork, objectives, torch_files
+from configs.t2l import get_config as t2l_config
+from hyperlora import hypernetwork, meta_learning, objectives, torch_files, trained
 from hyperlora.data.packing import pack
 from hyperlora.errors import UserError
 from hyperlora.hypernetwork import Hypernetwork
@@ -392,6 +394,40 @@ def test_a_share_of_groups_describes_no_task():
 def test_gibberish_is_for_what_reads_descriptions():
     with pytest.raises(UserError, match='gibberish needs a hypernetwork that reads descriptions'):
         t2l_data.build(ConfigDict({'gibberish': 0.1}), tiny_base(), tiny_base(), 0, 1)
+
+
+def test_training(tmp_path, monkeypatch):
+    """Tasks of a folder are trained on, each with its descriptions; the checkpoint names them."""
+    words = 'red', 'blue', 'green'
+    answers = {'backwards': [w[::-1] for w in words], 'large': [w.upper() for w in words]}
+    texts = {
+        'backwards': ['Write it backwards.', 'Reverse it.', 'Turn the word around.'],
+        'large': ['Use capital letters.', 'Write it large.'],
+    }
+    for name, outputs in answers.items():
+        pairs = [{'input': w, 'output': o} for w, o in zip(words, outputs, strict=True)]
+        task = {'descriptions': texts[name], 'train': pairs[1:], 'test': pairs[:1]}
+        task |= {'name': name, 'source': '', 'license': ''}
+        (tmp_path / f'{name}.json').write_text(json.dumps(task))
+    config = t2l_config(f'tiny,{tmp_path}')
+    config.base, config.optimizer.steps = 'tiny', 2
+    config.data.description_noise = 0.0
+    config.data.sources = config.data.sources[:1]
+    monkeypatch.setattr(meta_learning, 'load_base', lambda *_: tiny_base())
+    meta_learning.train(config, str(tmp_path / 'run'))
+    config = (found := trained.load(str(tmp_path / 'run'), tiny_base())).config
+    assert list(config.data.tasks) == ['backwards', 'large']
+
+    config.data.steps = 20
+    encoder = found.hypernetwork.encoder
+    source = t2l_data.build(config.data, tiny_base(), encoder, 0, 2)
+    for group in map(source.__getitem__, range(len(source))):
+        name = config.data.tasks[group['context']['task'][0]]
+        embedding = group['context']['embedding'][0]
+        assert any(np.allclose(row, embedding, atol=1e-5) for row in encoder(texts[name]))
+        said = group['query']['labels'][group['query']['label_weights'] > 0]
+        said = ''.join(map(chr, said)).split(chr(CharTokenizer.eos_id))
+        assert {text.strip() for text in said if text} <= set(answers[name][1:])
 
 
 def test_what_the_base_model_says_by_itself(smollm2):

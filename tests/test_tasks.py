@@ -1,5 +1,6 @@
 """Text tasks: readers, descriptions, generated tasks, collections."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -696,6 +697,7 @@ def test_read_json_joins_answers_and_keeps_test_inputs_apart(tmp_path):
 @pytest.mark.parametrize(
     'change,message',
     [
+        ({'name': 300 * 'n'}, r'bad\.json: a name has at most 200 bytes'),
         ({'license': None}, r"bad\.json: no 'license'; found: name, source"),
         ({'train': 'x'}, r"bad\.json: 'train' is of type str"),
         ({'train': ['x']}, r"train\[0\]: expected a mapping with 'input', found str"),
@@ -720,6 +722,8 @@ def test_read_json_bad(tmp_path, change, message):
 def test_malformed_files(tmp_path):
     with pytest.raises(UserError, match=r'x\.json, line 2: not JSON'):
         tasks.read_json(write(tmp_path / 'x.json', '{"name": "x",\n oops}'))
+    with pytest.raises(UserError, match=r'x\.json: cannot be read'):
+        tasks.read_json(write(tmp_path / 'x.json', 100_000 * '['))
     with pytest.raises(UserError, match=r'x\.yaml, line 3: not YAML'):
         tasks.parse(pathlib.Path(write(tmp_path / 'x.yaml', 'a:\n  - b\n  c: d: e\n')))
     with pytest.raises(UserError, match=r'no \*\.json there'):
@@ -753,9 +757,14 @@ def test_read_natural_instructions(tmp_path):
     assert only == old
     with pytest.raises(UserError, match='no such split'):
         tasks.read_natural_instructions(str(tmp_path), 'default/none')
-    instructions(tmp_path, 'task3_bad', Instances=None)
-    with pytest.raises(UserError, match="task3_bad.json: 'Instances' is of type NoneType"):
-        tasks.read_natural_instructions(str(tmp_path))
+    for change, message in (
+        ({'Instances': None}, "'Instances' is of type NoneType"),
+        ({'Instance License': 'MIT'}, "'Instance License' is of type str"),
+        ({'Definition': []}, 'Definition is empty'),
+    ):
+        instructions(tmp_path, 'task3_bad', **change)
+        with pytest.raises(UserError, match=f'task3_bad.json: {message}'):
+            tasks.read_natural_instructions(str(tmp_path))
 
 
 def metadata(path, **changes):
@@ -778,9 +787,10 @@ def test_read_text_to_lora(tmp_path):
     assert task.descriptions == ('Multiply by two.', 'Twice as much.')
     assert task.test_descriptions == ('Double it.',)
     assert task.test[3] == Example('Double the number.\n\n3', ('6',))
-    metadata(tmp_path, user_prompt_template='{question}')
-    with pytest.raises(UserError, match="lol_001/metadata.yaml: .*unknown field 'question'"):
-        read()
+    for template in ('{question}', '{problem', '{problem.text}', '{problem[a]}'):
+        metadata(tmp_path, user_prompt_template=template)
+        with pytest.raises(UserError, match='lol_001/metadata.yaml: cannot fill user_prompt_temp'):
+            read()
     metadata(tmp_path, ds_kwargs={'path': 'Somewhere/task9'})
     with pytest.raises(UserError, match="its data set 'Somewhere/task9' is not at"):
         read()
@@ -805,6 +815,20 @@ def test_records(tmp_path):
     assert list(dataset) == [e.output for e in written[0].test]
     with pytest.raises(UserError, match='no records'):
         records.read_records(str(tmp_path / 'none'))
+    with pytest.raises(UserError, match="task 'uppercase' .* lacks train or test"):
+        empty = dataclasses.replace(written[0], test=())
+        records.write_records([empty], str(tmp_path / 'new'))
+    for name in (
+        'dataset_info.json',
+        'metadata.json',
+        'text_task-test.array_record-00000-of-00001',
+    ):
+        path = tmp_path / 'text_task/uppercase/1.0.0' / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match='uppercase.*damaged.*write them again'):
+            records.read_records(str(tmp_path))
+        path.write_bytes(whole)
 
 
 RECORDS = {
@@ -938,6 +962,10 @@ def test_a_folder_may_lack_the_tasks_to_hold_out(tmp_path):
     found = collection(sources[0])
     assert [task.name for task in found.held_out] == ['fv_antonym']
     assert [task.name for task in found.train] == ['opposites']
+    (other,) = t2l_config('mistral_7b,text_to_lora:a:b').data.sources
+    assert other == {'reader': 'text_to_lora', 'path': 'a', 'instructions': 'b'}
+    with pytest.raises(UserError, match="a source of tasks must be a mapping.*'json'"):
+        collection('json')
     with pytest.raises(UserError, match='at most 3 fields.*smollm2,a,b,c'):
         t2l_config('smollm2,a,b,c')
 

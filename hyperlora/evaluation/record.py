@@ -16,7 +16,7 @@ from hyperlora.errors import UserError
 
 
 def digest(params: Any) -> str:
-    """Tells the weights of two steps of a training apart."""
+    """Tells the weights of two steps of a training apart, or the texts of two collections."""
     found = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         found.update(np.asarray(leaf).tobytes())

@@ -23,6 +23,7 @@ from hyperlora.models.base import BaseModel, load_base, read_json
 from hyperlora.models.decoder import Decoder
 from hyperlora.models.encoders import Encoder, EncoderConfig
 from hyperlora.models.families import DecoderConfig
+from hyperlora.models.tokenizers import encode
 
 MAX_CHARACTERS = 8000  # of a description: more is a document
 _MIN_LENGTH = 16  # that texts are padded to,
@@ -68,7 +69,7 @@ class Embedder:
           `[n, width]` f32, each row of length sqrt(width).
 
         Raises:
-          UserError: a description is empty or longer than `MAX_CHARACTERS`.
+          UserError: a description is empty, longer than `MAX_CHARACTERS` or not valid Unicode.
         """
         rows = [self.tokens(text) for text in texts]
         full = sum(len(row) == self.max_length for row in rows)
@@ -309,4 +310,4 @@ def _tokenizer(folder: Path, vocab_size: int, max_length: int) -> Callable[[str]
     backend.no_padding()
     backend.enable_truncation(max_length)
     backend.encode_special_tokens = True  # in a description they are mere text
-    return lambda text: backend.encode(text).ids
+    return lambda text: encode(backend, text)

@@ -25,6 +25,16 @@ _DEFAULT_SYSTEM = re.compile(
 )
 
 
+def encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+    """The tokens of a text, [s]; UserError if it is not valid Unicode."""
+    try:
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+    except TypeError as error:
+        raise UserError(
+            f'a text holds half a character, which no UTF-8 does: {text[:60]!r}'
+        ) from error
+
+
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the chat template of its model.
 
@@ -148,12 +158,7 @@ class Tokenizer:
         Raises:
           UserError: a text that is not valid Unicode.
         """
-        try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError as error:
-            raise UserError(
-                f'a text holds half a character, which no UTF-8 does: {text[:60]!r}'
-            ) from error
+        return encode(self._backend, text, add_special_tokens)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of tokens [s], without the control tokens unless `skip_special` is false."""
