@@ -106,7 +106,7 @@ def _sources(folder: str) -> tuple[dict, ...]:
     )
     if not folder:
         return generated
-    if folder.split(':')[0] in READERS:
+    if ':' in folder and folder.split(':')[0] in READERS:
         return (source(folder.replace(':', ',')),)
     # A folder may lack them: it is the user's.
     here = pathlib.Path(folder)
@@ -273,7 +273,7 @@ def _after_codes(folder: str) -> ConfigDict:
     """A hypernetwork with heads for each layer, on the tasks that `smollm2` trains on but those by
     rules."""
     config = _smollm2(folder)
-    config.data.sources = config.data.sources[:-1]
+    config.data.sources = tuple(s for s in config.data.sources if s['reader'] != 'parametric')
     config.hypernetwork.modules = ('down_proj',)
     config.hypernetwork.shape.update({'rank': 4, 'head_width': 64, 'per_layer_heads': True})
     return config

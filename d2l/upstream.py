@@ -231,7 +231,7 @@ def convert(
     Args:
       checkpoint: all that the file at `path` holds.
       state: its tensors.
-      base: shape of the base model.
+      base, base_fingerprint: shape of the base model, and what tells its weights.
     """
     reader, _, fingerprint = (
         load_params(encoder, images=True) if encoder else (None, None, base_fingerprint)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from hyperlora import lora_table, trained
@@ -91,11 +92,13 @@ class Methods:
         """Answers with a LoRA of one row, with text before and after each input."""
         prompts = [self.base.tokenizer.prompt(f'{before}{e.input}{after}') for e in examples]
         room = self._room(examples)
-        if max(map(len, prompts)) + room > self.base.config.max_length:
+        tokens = max(map(len, prompts)) + room
+        if tokens > self.base.config.max_length:
+            logging.warning('%d tokens do not fit into the window: a method is left out', tokens)
             return None
         return answer_in_batches(self.base, prompts, room, lora)
 
-    def _described(self, description: str, examples: Sequence[Example]) -> list[str]:
+    def _described(self, description: str, examples: Sequence[Example]) -> list[str] | None:
         return self._answer(examples, self.specializer([description]))
 
     def _description(self, task: Task, seed: int) -> str:
@@ -238,9 +241,11 @@ def evaluate(config: ConfigDict, checkpoint: str, workdir: pathlib.Path) -> None
         methods=names,
         texts=record.digest(
             [
-                (task.name, task.descriptions, task.test_descriptions, e.input, e.outputs)
+                (task.name, task.descriptions, task.test_descriptions)
+                + tuple(
+                    (e.input, e.outputs) for e in itertools.islice(task.test, config.limit or None)
+                )
                 for task in tasks
-                for e in itertools.islice(task.test, config.limit or None)
             ]
         ),
         **{name: table and record.digest(table.params) for name, table in tables.items()},
@@ -294,11 +299,6 @@ def _tasks(config: ConfigDict) -> list[Task]:
     given = parse(path) if config.descriptions else {}
     if not isinstance(given, dict):
         raise UserError(f'{path}: it must map names of tasks to lists of descriptions')
-    without = {task.name for task in tasks if not (task.descriptions or task.test_descriptions)}
-    if unused := sorted(given.keys() - without, key=str):
-        raise UserError(
-            f'{path}: {", ".join(map(str, unused))}: no such tasks, or they have descriptions'
-        )
     found = {}
     for task in tasks:
         if task.name in found:
@@ -316,7 +316,12 @@ def _tasks(config: ConfigDict) -> list[Task]:
             if not texts:
                 raise UserError(f'{path}: no descriptions of {task.name!r}')
             task = dataclasses.replace(task, test_descriptions=texts)
+            del given[task.name]
         found[task.name] = task
+    if given:
+        raise UserError(
+            f'{path}: {", ".join(map(str, given))}: no such tasks, or they have descriptions'
+        )
     return list(found.values())
 
 

@@ -217,7 +217,7 @@ def convert(
     Args:
       checkpoint: all that the file at `path` holds.
       state: its tensors.
-      base: shape of the base model.
+      base, base_fingerprint: shape of the base model, and what tells its weights.
     """
     places = (path.parent, path.resolve().parent.parent.parent)  # of checkpoints/it_N/hypermod.pt
     folder = next((p for p in places if (p / 'args.yaml').is_file()), None)

@@ -255,6 +255,8 @@ def test_adapt_to_a_task(command, checkpoint, task_checkpoint, document, base, t
     task, output = 'Write the word in capital letters.', tmp_path / 'adapter'
     code, out, err = command('adapt', checkpoint=task_checkpoint, task=task, output=output)
     assert code == 0 and 'rank 8' in out, err
+    wrong = command('adapt', checkpoint=task_checkpoint, task=task, output=output, iterative=True)
+    assert_mistake(wrong, '--iterative is for documents')
     wanted = Specializer(trained.load(str(task_checkpoint), base))(['Another task.', task])
     saved = adapters.load(output, base.config, base.fingerprint)
     np.testing.assert_allclose(
@@ -319,6 +321,12 @@ def test_evaluate_tasks(command, task_checkpoint, base, tmp_path, monkeypatch):
     assert metrics['average']['unseen']['zero_shot'] == 1 and metrics['seen'] == []
     (tmp_path / 'given.yaml').write_text('shout: [Say it in large letters.]')
     assert_mistake(command('evaluate', **settings), 'other settings (texts: ', 'another workdir')
+    long = [{'input': 'word ' * 3000 + str(i), 'output': 'x'} for i in range(4)]
+    (tmp_path / 'tasks/whisper.json').write_text(json.dumps({**whisper, 'train': long}))
+    settings['workdir'], settings['config_methods'] = tmp_path / 'long', 'zero_shot,three_shot'
+    assert command('evaluate', **settings)[0] == 0
+    scores = json.loads((tmp_path / 'long/metrics.json').read_text())['exact_match']
+    assert set(scores['whisper']) == {'zero_shot'} and 'three_shot' in scores['shout']
     settings['config_methods'] = 't2l,zero_shot,guess'
     assert_mistake(command('evaluate', **settings), 'unknown methods guess;')
 

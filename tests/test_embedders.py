@@ -173,6 +173,11 @@ def test_control_tokens_in_a_description_are_text(minilm):
     assert tokens.count(tokens[0]) == tokens.count(tokens[-1]) == 1
 
 
+def test_half_a_character_is_refused(minilm):
+    with pytest.raises(UserError, match='half a character'):
+        minilm(['caf\udce9'])
+
+
 @pytest.mark.parametrize('text', ['', ' \n\t', '\u200b', '\x00'])
 def test_empty_descriptions_are_refused(minilm, text):
     with pytest.raises(UserError, match='is empty'):

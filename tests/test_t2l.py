@@ -396,6 +396,12 @@ def test_gibberish_is_for_what_reads_descriptions():
         t2l_data.build(ConfigDict({'gibberish': 0.1}), tiny_base(), tiny_base(), 0, 1)
 
 
+def test_odd_widths_cannot_be_rotated():
+    odd = make(**SIZES['S'], encoder='discrete')
+    with pytest.raises(UserError, match='the latent width is 69.*learned_positions'):
+        jax.eval_shape(odd.init, jax.random.key(0), jnp.zeros((1, 24)))
+
+
 def test_training(tmp_path, monkeypatch):
     """Tasks of a folder are trained on, each with its descriptions; the checkpoint names them."""
     words = 'red', 'blue', 'green'

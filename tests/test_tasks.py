@@ -962,6 +962,8 @@ def test_a_folder_may_lack_the_tasks_to_hold_out(tmp_path):
     found = collection(sources[0])
     assert [task.name for task in found.held_out] == ['fv_antonym']
     assert [task.name for task in found.train] == ['opposites']
+    (alone,) = t2l_config('after_codes,records:a').data.sources
+    assert alone == {'reader': 'records', 'path': 'a'}
     (other,) = t2l_config('mistral_7b,text_to_lora:a:b').data.sources
     assert other == {'reader': 'text_to_lora', 'path': 'a', 'instructions': 'b'}
     with pytest.raises(UserError, match="a source of tasks must be a mapping.*'json'"):

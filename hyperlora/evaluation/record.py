@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from hyperlora.errors import UserError
 
 
-def digest(params: Any) -> str:
+def digest(tree: Any) -> str:
     """Tells the weights of two steps of a training apart, or the texts of two collections."""
     found = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
+    for leaf in jax.tree.leaves(tree):
         found.update(np.asarray(leaf).tobytes())
     return found.hexdigest()[:16]
 
