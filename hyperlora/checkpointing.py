@@ -21,10 +21,11 @@ from orbax.checkpoint import checkpoint_managers, multihost
 from hyperlora import hosts
 from hyperlora.errors import Outage, UserError
 
-# Settings that may differ when a run resumes: they do not change what it computes. Those of the
-# second line spread a step over devices and microbatches; `rows_per_step` of the record is what
-# they must not change.
+# Settings that may differ when a run resumes: they do not change what it computes. Places of models
+# may, as fingerprints tell models apart. What spreads a step over devices and microbatches may, as
+# long as `rows_per_step` of the record stays.
 HARMLESS_SETTINGS = ('checkpoint_every', 'keep_checkpoints', 'log_every', 'remat', 'topology')
+PLACES = ('base', 'hypernetwork.embedder', 'hypernetwork.encoder.model')
 _SPREAD = ('mesh', 'rules', 'groups', 'accumulate')
 
 _PARAMS = 'params.safetensors'
@@ -225,8 +226,9 @@ def check_meta(saved: dict, current: dict):
     Args:
       saved: record from `Checkpointer.meta`.
       current: record of this run, with the fingerprints of base model and encoder (str) and
-        'config' (nested dict). Settings named in HARMLESS_SETTINGS may differ; so may the number
-        of devices and what spreads a step over them, if 'rows_per_step' (int) stays.
+        'config' (nested dict). Settings named in HARMLESS_SETTINGS may differ; so may the places
+        of models, the number of devices and what spreads a step over them, if 'rows_per_step'
+        (int) stays.
 
     Raises:
       UserError: another base model or encoder, or changed settings.
@@ -352,5 +354,7 @@ def _settings(config):
     return {
         key: value
         for key, value in flat.items()
-        if key.split('.')[-1] not in HARMLESS_SETTINGS and key.split('.')[0] not in _SPREAD
+        if key.split('.')[-1] not in HARMLESS_SETTINGS
+        and key.split('.')[0] not in _SPREAD
+        and key not in PLACES
     }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -83,6 +85,16 @@ def load(
         config, fingerprint = ConfigDict(meta['config']), meta['base_fingerprint']
         encoder_fingerprint = meta['encoder_fingerprint']
         named = config.base, config.base_dtype, None, quantization or config.base_quantization
+        flat = flax.traverse_util.flatten_dict(config.to_dict(), sep='.')
+        places = {key: str(flat.get(key) or '') for key in checkpointing.PLACES}
+    if base:
+        del places['base']
+    for key, place in places.items():
+        if os.sep in place and not os.path.exists(place):
+            raise UserError(
+                f'{folder} was trained with {place}, which is not there: if it has moved, write '
+                f'the checkpoint with launch.export and say where as {key} of its config.json'
+            )
     base = base or load_base(*named)
     if fingerprint != base.fingerprint:
         raise UserError(

@@ -411,6 +411,19 @@ def test_export_of_a_training(command, untrained, base, tmp_path, monkeypatch):
     assert_mistake(refused, 'gs://bucket/x: not a local directory')
 
 
+@pytest.mark.parametrize('key', ['base', 'hypernetwork.embedder'])
+def test_a_model_that_has_moved(command, task_checkpoint, key, tmp_path):
+    shutil.copytree(task_checkpoint, tmp_path / 'moved')
+    path = tmp_path / 'moved/config.json'
+    record = json.loads(path.read_text())
+    group, _, name = key.rpartition('.')
+    settings = record['config'][group] if group else record['config']
+    settings[name] = '/nowhere/model'
+    path.write_text(json.dumps(record))
+    result = command('adapt', checkpoint=path.parent, task='Say no.', output=tmp_path / 'lora')
+    assert_mistake(result, '/nowhere/model, which is not there', f'as {key} of its config.json')
+
+
 def test_quickstart_compares_three_ways(checkpoint, base, capsys):
     compare = execute('quickstart', 'quickstart')['compare']
     capsys.readouterr()

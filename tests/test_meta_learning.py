@@ -320,7 +320,9 @@ def test_a_run_in_two_parts_is_the_same_run(straight, tmp_path, monkeypatch, cap
         state = meta_learning.train(tiny_training(), str(tmp_path))
     assert signal.getsignal(signal.SIGTERM) is handler
     assert int(state.step) == 3 and checkpoints_of(tmp_path) == [2, 3]
-    resumed = meta_learning.train(tiny_training(), str(tmp_path))
+    config = tiny_training()
+    config.base = '/the/same/elsewhere'
+    resumed = meta_learning.train(config, str(tmp_path))
     assert 'resumed at step 3' in capsys.readouterr().out
     assert_identical(value_of(resumed), straight[1])
     assert metrics_of(tmp_path) == metrics_of(straight[0])
