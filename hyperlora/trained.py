@@ -86,11 +86,9 @@ def load(
         encoder_fingerprint = meta['encoder_fingerprint']
         named = config.base, config.base_dtype, None, quantization or config.base_quantization
         flat = flax.traverse_util.flatten_dict(config.to_dict(), sep='.')
-        places = {key: str(flat.get(key) or '') for key in checkpointing.PLACES}
-    if base:
-        del places['base']
-    for key, place in places.items():
-        if os.sep in place and not os.path.exists(place):
+    for key in checkpointing.PLACES:
+        place = str(flat.get(key) or '')
+        if os.sep in place and not os.path.exists(place) and not (key == 'base' and base):
             raise UserError(
                 f'{folder} was trained with {place}, which is not there: if it has moved, write '
                 f'the checkpoint with launch.export and say where as {key} of its config.json'
